@@ -1,0 +1,1155 @@
+"""What two or more of the five systems share: first the maths, then the plumbing.
+
+The maths is what the write-ups have in common: positions (RoPE, sin-cos tables), the timestep embedding, AdaLN's
+modulation, attention, and rectified flow. The plumbing is what no reader opened this repository for and every user
+leans on: options, data, precision, checkpoints, run folders, pictures. Each model file imports from here and from
+nowhere else in the repository.
+
+Shape letters: B batch, C channels, H W height and width, N tokens, D width, h heads.
+"""
+
+import argparse
+import base64
+import concurrent.futures
+import contextlib
+import csv
+import ctypes
+import dataclasses
+import html
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import random
+import shlex
+import shutil
+import signal
+import sys
+import time
+import types
+import typing
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+# ----------------------------------------------------------------------------------------------------------------
+# Positions and time
+
+
+def sincos_table(positions, dim, period=10_000.0):
+    """Sinusoids of `positions` (any shape, float) at dim/2 frequencies from 1 down to 1/period.
+
+    Returns (angle cosines, angle sines), each positions.shape + (dim/2,), float32. Every position code of this
+    repository is built from these two: the timestep embedding, fixed position embeddings, RoPE (Vaswani et al. 2017).
+    """
+    exponent = torch.arange(dim // 2, device=positions.device, dtype=torch.float32) / (dim // 2)
+    angles = positions.float()[..., None] * period**-exponent
+    return angles.cos(), angles.sin()
+
+
+def timestep_embedding(t, dim):
+    """(B,) timesteps -> (B, dim): cosines first, then sines, always in float32.
+
+    Under autocast a bfloat16 sinusoid would mangle t; the caller feeds t at the scale its source uses.
+    """
+    return torch.cat(sincos_table(t, dim), dim=-1)
+
+
+def sincos_2d(grid, dim):
+    """Fixed position embedding of a grid x grid map, (1, grid*grid, dim), rows first.
+
+    The first half of the width encodes the column and the second half the row, sines before cosines: the order in
+    which MAE, DiT and JiT write it (their meshgrid swaps the axes), kept so that their checkpoints fit.
+    """
+    cos, sin = sincos_table(torch.arange(grid), dim // 2)
+    axis = torch.cat((sin, cos), dim=-1)  # (grid, D/2)
+    column = axis[None, :, :].expand(grid, grid, -1)
+    row = axis[:, None, :].expand(grid, grid, -1)
+    return torch.cat((column, row), dim=-1).reshape(1, grid * grid, dim)
+
+
+def rope_2d(rows, columns, head_dim):
+    """Rotary tables for a map of tokens: cos and sin, each (len(rows) * len(columns), head_dim/2), row-major.
+
+    rows, columns: 1-D tensors of positions. The first half of each head turns with the row, the second half with the
+    column (the 2-D form of RoFormer, Su et al. 2021, eq. 34).
+    """
+    shape = (len(rows), len(columns), head_dim // 4)
+    tables = []
+    for by_row, by_column in zip(sincos_table(rows, head_dim // 2), sincos_table(columns, head_dim // 2)):
+        both = by_row[:, None].expand(shape), by_column[None, :].expand(shape)
+        tables.append(torch.cat(both, dim=-1).flatten(0, 1))
+    return tuple(tables)
+
+
+def apply_rope(x, rope):
+    """Rotate neighbouring pairs of x (..., N, head_dim) by the angles of `rope`, a pair of (N, head_dim/2) tables.
+
+    (x0, x1) -> (x0 cos - x1 sin, x0 sin + x1 cos): q.k then depends on the difference of two positions only.
+    """
+    cos, sin = (table.to(x.dtype) for table in rope)
+    x0, x1 = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((x0 * cos - x1 * sin, x0 * sin + x1 * cos), dim=-1).flatten(-2)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Transformer parts
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, computed in float32 (Zhang & Sennrich 2019, eq. 4)."""
+
+    def __init__(self, dim, eps=1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        x32 = x.float()
+        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
+
+
+def modulate(x, shift, scale):
+    """AdaLN: x (B, N, D), scaled and shifted as the condition says by (B, D) each (Peebles & Xie 2022, section 3.2)."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def attention(q, k, v):
+    """softmax(q k^T / sqrt(d)) v for (B, h, N, d), every token attending to every token.
+
+    On a GPU torch's fused kernel. On a CPU in bfloat16 the two plain matrix products are about twice as fast as that
+    kernel at the 100 to 400 tokens we use (`python tests/bench.py attention`).
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Rectified flow: a straight line from `start` (t = 0) to `end` (t = 1). Which end is noise is each file's to say.
+
+
+def flow_point(start, end, t):
+    """x_t = (1 - t) start + t end; t (B,) in [0, 1] (Liu et al. 2022, eq. 1)."""
+    t = t.view(-1, *[1] * (start.dim() - 1))
+    return (1 - t) * start + t * end
+
+
+def flow_euler(velocity, x, times, watch=None):
+    """Integrate dx/dt = velocity(x, t) along `times` (floats, rising or falling) with Euler's steps.
+
+    velocity(x, t) takes the state and a float. watch(x, t), if given, sees every state, the first and last included.
+    """
+    for t, t_next in itertools.pairwise(times):
+        if watch:
+            watch(x, t)
+        x = x + (t_next - t) * velocity(x, t)
+    if watch:
+        watch(x, times[-1])
+    return x
+
+
+def flow_heun(velocity, x, times, watch=None):
+    """As flow_euler, with Heun's second-order steps; the last one is Euler's, since at the end of the line
+    (end - x_t) / (1 - t) is 0 / 0 for a network that predicts the end point (Karras et al. 2022, algorithm 1)."""
+    for t, t_next in itertools.pairwise(times):
+        if watch:
+            watch(x, t)
+        v = velocity(x, t)
+        if t_next != times[-1]:
+            v = (v + velocity(x + (t_next - t) * v, t_next)) / 2
+        x = x + (t_next - t) * v
+    if watch:
+        watch(x, times[-1])
+    return x
+
+
+SOLVERS = {"euler": flow_euler, "heun": flow_heun}
+
+# ----------------------------------------------------------------------------------------------------------------
+# Errors and options
+
+
+class UserError(Exception):
+    """A user's mistake: what is wrong and what to do, in one line. The command line prints it and exits with 2."""
+
+
+def option(default, help, choices=None, low=None, high=None):
+    """A dataclass field that is also a command line option: its reason, and the values it may take."""
+    limits = {"help": help, "choices": choices, "low": low, "high": high}
+    return dataclasses.field(default=default, metadata=limits)
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    """What every system's training shares. Each file's own Config adds its data, model and objective."""
+
+    data: str = option("drawn", "drawn: faces that Pillow draws here and now; or a folder of pictures")
+    out: str = option("", "run folder (default: runs/ and the file's name)")
+    minutes: float | None = option(None, "stop after this many minutes of training", low=0.01)
+    steps: int | None = option(None, "stop after this many optimizer steps; given alone, no clock counts", low=1)
+    batch_size: int = option(64, "pictures per optimizer step, accumulation included", low=1)
+    grad_accum: int = option(1, "passes that one optimizer step is divided into", low=1)
+    lr: float = option(1e-3, "peak learning rate", low=0.0)
+    warmup: float = option(0.05, "part of the budget over which the learning rate rises", low=0.0, high=1.0)
+    decay: str = option("cosine", "after the warm-up: fall to zero along a cosine, or stay", choices=("cosine", "none"))
+    beta2: float = option(0.95, "AdamW's memory for squared gradients", low=0.0, high=0.9999)
+    weight_decay: float = option(0.0, "AdamW's pull towards zero", low=0.0)
+    grad_clip: float = option(1.0, "longest gradient that is not shortened", low=0.0)
+    ema: float = option(0.999, "longest memory of the averaged weights that are sampled from", low=0.0, high=0.999999)
+    seed: int = option(0, "of weights, data order, noise and crops", low=0)
+    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    precision: str = option("auto", "of the matrix products", choices=("auto", "fp32", "bf16", "fp16"))
+    compile: bool | None = option(None, "fuse the blocks with torch.compile (default: where it pays within the budget)")
+    checkpoint_every: int = option(200, "steps between checkpoints", low=1)
+    resume: bool = option(False, "go on from the last checkpoint in --out, exactly")
+
+
+def check_config(config):
+    """Raise UserError for a value out of its range, naming the option."""
+    for field in dataclasses.fields(config):
+        value, limits = getattr(config, field.name), field.metadata
+        values = value if isinstance(value, tuple) else (value,)
+        for v in values:
+            flag = "--" + field.name.replace("_", "-")
+            if limits["choices"] and v not in limits["choices"]:
+                raise UserError(f"{flag} {v}: choose one of {', '.join(limits['choices'])}")
+            # Written so that nan, which is neither small nor large, fails too.
+            if v is not None and limits["low"] is not None and not v >= limits["low"]:
+                raise UserError(f"{flag} {v}: must be at least {limits['low']}")
+            if v is not None and limits["high"] is not None and not v <= limits["high"]:
+                raise UserError(f"{flag} {v}: must be at most {limits['high']}")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, except that a mistake is one line."""
+
+    def error(self, message):
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def add_options(parser, config_class):
+    """One --flag per field of a dataclass; only what is given on the command line ends up in the namespace."""
+    for field in dataclasses.fields(config_class):
+        kind, extra = field.type, {}
+        if isinstance(kind, types.UnionType):  # `float | None` is a float that may be absent
+            kind = typing.get_args(kind)[0]
+        if typing.get_origin(kind) is tuple:
+            kind, extra = typing.get_args(kind)[0], {"nargs": "+"}
+        if kind is bool:
+            extra = {"action": argparse.BooleanOptionalAction}
+        else:
+            extra |= {"type": kind, "metavar": "|".join(field.metadata["choices"] or [kind.__name__.upper()])}
+        shown = "" if field.default in (None, "", False) else f" [{field.default}]"
+        help = (field.metadata["help"] + shown).replace("%", "%%")
+        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=help, **extra)
+
+
+def make_config(config_class, given, presets=None):
+    """Config from a preset's values and, over them, the given ones. Of the two budgets, one given lifts the other."""
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    preset = dict((presets or {}).get(given.pop("preset", "demo"), {}))
+    for mine, other in (("steps", "minutes"), ("minutes", "steps")):
+        if mine in given and other not in given:
+            preset.pop(other, None)
+    config = config_class(**(preset | given))
+    check_config(config)
+    return config
+
+
+def run_command_line(doc, verbs, argv=None):
+    """Run `python FILE.py VERB [options]` and return the exit code.
+
+    verbs: name -> (function of a config, config class, presets or None, one line of help).
+    """
+    parser = OneLineParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parsers = parser.add_subparsers(dest="verb", metavar="VERB")
+    for name, (_, config_class, presets, help) in verbs.items():
+        sub = parsers.add_parser(name, help=help, description=help)
+        if presets:
+            sub.add_argument("--preset", choices=list(presets), default="demo", help="sizes and settings [demo]")
+        add_options(sub, config_class)
+    keep_freed_memory()
+    try:
+        given = vars(parser.parse_args(argv))
+        verb = given.pop("verb")
+        if verb is None:
+            parser.print_help()
+            return 0
+        function, config_class, presets, _ = verbs[verb]
+        return function(make_config(config_class, given, presets)) or 0
+    except UserError as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Device, precision, randomness
+
+
+def keep_freed_memory():
+    """On Linux, tell the C library to keep freed memory. It would hand each large tensor back to the kernel, which
+    clears every page before it lends it again: more than half of the time of sampling on a CPU."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**31 - 1)
+
+
+def pick_device(name):
+    """torch.device for auto, cpu, cuda or mps. Raises UserError where the machine has none."""
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if has[kind])
+    if not has[name]:
+        raise UserError(f"--device {name}: torch finds no such device here; leave --device out to use what there is")
+    return torch.device(name)
+
+
+def pick_precision(name, device):
+    """fp32, bf16 or fp16; auto is bf16 wherever the hardware multiplies it natively, else fp16 on a GPU, else fp32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type == "cpu":
+        native = torch.cpu.get_capabilities()
+        return "bf16" if native.get("avx512_bf16") or native.get("amx_bf16") else "fp32"
+    return "fp32"
+
+
+def autocast(device, precision):
+    """Context in which matrix products run in `precision`; weights, norms and losses stay in float32."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+
+
+def generator(*key, device="cpu"):
+    """A torch.Generator that is a function of `key` (whole numbers) alone.
+
+    Every draw of a training step comes from generator(seed, step, ...): the step number is then the whole random
+    state, and a resumed run sees the crops, the noise and the order of pictures that it would have seen.
+    """
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state))
+
+
+def noise_for(seeds, shape, device):
+    """(len(seeds), *shape) standard normal; picture i depends on seeds[i] only, whatever the batch and the device."""
+    return torch.stack([torch.randn(shape, generator=generator(seed)) for seed in seeds]).to(device)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Optimisation
+
+
+def lr_factor(progress, warmup, decay):
+    """Factor of the peak learning rate at `progress` (0..1) of the budget: a straight rise, then a cosine to zero."""
+    if progress < warmup:
+        return progress / warmup
+    if decay == "none":
+        return 1.0
+    return 0.5 + 0.5 * math.cos(math.pi * (progress - warmup) / max(1 - warmup, 1e-9))
+
+
+@torch.no_grad()
+def update_ema(ema, model, step, longest):
+    """ema <- decay * ema + (1 - decay) * model, with a decay that grows from 0.1 to `longest`, so that the random
+    start is forgotten in short runs too."""
+    decay = min(longest, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+def worth_compiling(config, device):
+    """--compile or --no-compile if given; else only where what it gains (a third, on two CPU cores) pays within the
+    budget for what it costs (half a minute), and where there is a C++ compiler to do it."""
+    if config.compile is not None:
+        return config.compile
+    if device.type == "mps" or (device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++", "cl")))):
+        return False
+    # Nobody asked for it, so a compiler that is there but does not work is no reason to stop.
+    torch._dynamo.config.suppress_errors = True
+    return (config.minutes or 5) >= 5 and (config.steps or 1000) >= 1000
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def save_atomically(path, write):
+    """write(temporary path), flush to disk, rename to `path`: at any moment either the old or the new file is whole."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as problem:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {problem}; free some space or name another place") from None
+
+
+def save_tensors(path, tensors, header):
+    """Safetensors file with `header`, any JSON value, under the metadata key "config"."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_atomically(path, lambda part: save_file(tensors, part, metadata={"config": json.dumps(header)}))
+
+
+def load_tensors(path):
+    """Weights from a file: (name -> tensor, header or None). Safetensors by preference; a file that ends in .pt, .pth,
+    .ckpt or .bin is unpickled with weights_only, so that nothing in it can run. Raises UserError if it is neither."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no weights at {path}; train some first, or name a file")
+    try:
+        if path.suffix in (".pt", ".pth", ".ckpt", ".bin"):
+            # JiT's published checkpoints carry their argparse.Namespace along: plain data, but it must be allowed.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                return torch.load(path, map_location="cpu", weights_only=True), None
+        with safe_open(path, "pt") as file:
+            header = (file.metadata() or {}).get("config")
+        return load_file(path), json.loads(header) if header else None
+    except Exception as problem:  # each format has its own way to fail; to the user they are one
+        reason = str(problem).split("\n")[0][:120]
+        raise UserError(f"{path} is not a readable weight file ({reason}); get it anew or name another") from None
+
+
+def find_weights(given, system):
+    """The checkpoint to sample from: the one named, else the newest run's, else the one that came with the code."""
+    if given:
+        return Path(given)
+    own = Path("runs") / system / "model.safetensors"
+    return own if own.exists() else Path(__file__).parent / "weights" / f"{system}.safetensors"
+
+
+def load_into(model, weights, path):
+    """model.load_state_dict, with a message that names the first few tensors that do not fit. Raises UserError."""
+    own = model.state_dict()
+    problems = [f"{k} is missing" for k in own if k not in weights]
+    problems += [f"{k} is unknown" for k in weights if k not in own]
+    shapes = {k: (tuple(own[k].shape), tuple(weights[k].shape)) for k in own if k in weights}
+    problems += [f"{k} is {theirs}, not {mine}" for k, (mine, theirs) in shapes.items() if mine != theirs]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(f"{path} does not fit this model: {'; '.join(problems[:3])}{more}")
+    model.load_state_dict(weights)
+
+
+def pack_state(model, ema, optimizer, scaler):
+    """Everything of a training run that lives in tensors, under flat names, for one safetensors file."""
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+    tensors |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
+    for index, slots in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{slot}": value for slot, value in slots.items()}
+    tensors |= {f"scaler.{k}": torch.tensor(v, dtype=torch.float64) for k, v in scaler.state_dict().items()}
+    return tensors
+
+
+def unpack_state(tensors, path, model, ema, optimizer, scaler):
+    """The inverse of pack_state: fill the four from the tensors. Raises UserError where they do not fit."""
+    parts = {"model": {}, "ema": {}, "optimizer": {}, "scaler": {}}
+    for name, tensor in tensors.items():
+        part, key = name.split(".", 1)
+        parts[part][key] = tensor
+    load_into(model, parts["model"], path)
+    load_into(ema, parts["ema"], path)
+    slots = {}
+    for key, tensor in parts["optimizer"].items():
+        index, slot = key.split(".")
+        slots.setdefault(int(index), {})[slot] = tensor
+    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+    scaler.load_state_dict({k: type(v)(parts["scaler"][k].item()) for k, v in scaler.state_dict().items()})
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Pictures in
+
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+MAX_PIXELS = 64_000_000  # a larger file is taken for a decompression bomb and skipped before it is decoded
+
+
+def read_picture(path, size):
+    """One file -> (size, size, 3) uint8, the centre square. Raises an exception if it is no readable picture.
+
+    The content decides, not the name. Of an animation the first frame counts; transparency lies on white.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is below Pillow's own limit
+        picture = Image.open(path)
+    with picture:
+        if picture.width * picture.height > MAX_PIXELS:
+            raise ValueError(f"{picture.width} x {picture.height} pixels are too many")
+        picture.draft("RGB", (2 * size, 2 * size))  # a JPEG of a camera is decoded at a fraction of its size
+        if picture.mode.startswith("I"):  # 16 bits, which Pillow's convert would clip instead of scale
+            picture = Image.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8))
+        picture = ImageOps.exif_transpose(picture)
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return np.asarray(ImageOps.fit(picture.convert("RGB"), (size, size), Image.Resampling.LANCZOS))
+
+
+def read_folder(folder, size):
+    """All pictures below `folder` -> ((N, 3, size, size) uint8 tensor, their paths, a line for each file skipped).
+
+    Sorted by path, so that picture number i is the same on every machine. Raises UserError if there is none.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}; name a folder of pictures, or leave --data out for drawn faces")
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file())
+    if not paths:
+        raise UserError(f"no pictures in {folder}; it should hold files such as .png or .jpg")
+
+    def read_or_explain(path):
+        try:
+            return read_picture(path, size)
+        except Exception as problem:  # Pillow raises nearly anything on a broken file; one file must not end the run
+            return f"{path.relative_to(folder)}: {str(problem)[:100]}"
+
+    # Pillow decodes and resizes outside Python's lock, so threads are enough; map keeps the order.
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        results = list(tqdm(pool.map(read_or_explain, paths), "reading", len(paths), unit=" pictures", leave=False))
+    skipped = [result for result in results if isinstance(result, str)]
+    if len(skipped) == len(paths):
+        raise UserError(f"none of the {len(paths)} files in {folder} is a readable picture, {skipped[0]}")
+    good = [i for i, result in enumerate(results) if not isinstance(result, str)]
+    pictures = torch.from_numpy(np.stack([results[i] for i in good])).permute(0, 3, 1, 2).contiguous()
+    return pictures, [paths[i] for i in good], skipped
+
+
+def load_pictures(data, size):
+    """What --data names, "drawn" or a folder -> ((N, 3, size, size) uint8, their names, lines about skipped files)."""
+    if data == "drawn":
+        faces = draw_faces(10_000, size)
+        return faces.pictures, [f"drawn face {i}" for i in range(len(faces.pictures))], []
+    pictures, paths, skipped = read_folder(data, size)
+    return pictures, [str(path) for path in paths], skipped
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Pictures out
+
+
+def to_uint8(rgb):
+    """(B, 3, H, W) in [0, 1] -> (B, H, W, 3) uint8 numpy."""
+    return (rgb.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def make_grid(pictures, columns=None):
+    """(B, H, W, 3) uint8 -> one PIL picture, as square as can be unless `columns` says otherwise."""
+    count, height, width, _ = pictures.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(Image.fromarray(picture), (i % columns * width, i // columns * height))
+    return sheet
+
+
+def save_picture(picture, path, **options):
+    """Write a PIL picture; the format is the path's. Raises UserError where that cannot be."""
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind is None:
+        raise UserError(f"{path}: name a picture file, such as .png")
+    save_atomically(path, lambda part: picture.save(part, format=kind, **options))
+
+
+def save_gif(frames, path, milliseconds=200):
+    """PIL pictures -> an animation that rests on the last one."""
+    durations = [milliseconds] * (len(frames) - 1) + [8 * milliseconds]
+    save_picture(frames[0], path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Run folders
+
+# May differ between a run and its resumption: how long, where, and how often to save. All else would change the run.
+MAY_CHANGE = {"out", "minutes", "steps", "device", "compile", "checkpoint_every", "resume"}
+PROGRESS_BAR = "{percentage:3.0f}% {bar} {elapsed} passed, {remaining} left{postfix}"
+NOISE_BINS = 8
+LOG_COLUMNS = ["step", "seconds", "images", "loss", "lr", "grad_norm", "images_per_second"]
+LOG_COLUMNS += [f"loss_bin_{k}" for k in range(NOISE_BINS)]
+# Pictures are drawn at these parts of the budget: minutes 1, 2, 3, 5, 7 and 10 of ten.
+MARKS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+LOG_EVERY = 10
+
+
+class Run:
+    """A run folder and the clock that goes with it: log.csv, checkpoints, samples, index.html, Ctrl-C.
+
+    It holds no model and decides nothing about training; the loop in each file's train() asks it what time it is.
+    `step` and `images` count what has been done, `progress` is the part of the budget that is used up.
+    """
+
+    def __init__(self, config, system):
+        self.config, self.system = config, system
+        self.folder = Path(config.out or f"runs/{system}")
+        self.step, self.images, self.seconds_before = 0, 0, 0.0
+        self.interrupted = False
+        self.window = []  # (costs, times, loss, gradient norm) of each step since the last line of the log
+        if config.resume:
+            if not self.state_path.exists():
+                raise UserError(f"nothing to resume in {self.folder}; leave --resume out to start a run there")
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise UserError(f"{self.folder} is not empty; add --resume to go on with it, or name another --out")
+        try:
+            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise UserError(f"cannot make {self.folder}: {problem.strerror}; name another --out") from None
+
+    @property
+    def state_path(self):
+        return self.folder / "state.safetensors"
+
+    # -- what is said --
+
+    def tell_skipped(self, skipped):
+        """Name the files that could not be read: the first few here, all of them in skipped.txt."""
+        if skipped:
+            save_atomically(self.folder / "skipped.txt", lambda part: part.write_text("\n".join(skipped) + "\n"))
+            first = "; ".join(skipped[:3]) + ("; ..." if len(skipped) > 3 else "")
+            print(f"skipped {len(skipped)} unreadable files, listed in {self.folder}/skipped.txt: {first}")
+
+    def banner(self, model, device, precision, data):
+        """The line that opens a run."""
+        size = sum(p.numel() for p in model.parameters()) / 1e6
+        start = f"resumed at step {self.step}" if self.step else "fresh run"
+        return f"{start} in {self.folder}: {size:.1f}M parameters, {data}, {precision} on {device}"
+
+    def farewell(self):
+        """Say where things are; returns the exit code, 130 after Ctrl-C as a shell expects."""
+        if self.interrupted:
+            print(f"stopped and saved at step {self.step}; to go on: {self.command()}")
+            return 130
+        done = f"{self.step} steps, {self.images:,} images, {self.seconds / 60:.1f} minutes"
+        print(f"{done}; open {self.folder}/index.html")
+        return 0
+
+    def command(self):
+        """The line that goes on with this run."""
+        return shlex.join(["python", *[word for word in sys.argv if word != "--resume"], "--resume"])
+
+    # -- the clock --
+
+    @contextlib.contextmanager
+    def clock(self):
+        """Start counting, and turn Ctrl-C (or a polite kill) into a flag, so that no step is cut in half."""
+        self.started = time.perf_counter()
+        self.window_started = self.seconds_before
+        self.marks_passed = sum(self.progress >= mark for mark in MARKS)
+
+        def interrupt(signum, frame):
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self.interrupted = True
+
+        before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        total = self.config.steps or 60 * self.config.minutes
+        self.bar = tqdm(total=total, unit="step" if self.config.steps else "s", bar_format=PROGRESS_BAR)
+        try:
+            yield self
+        finally:
+            self.bar.close()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @property
+    def seconds(self):
+        return self.seconds_before + time.perf_counter() - self.started
+
+    @property
+    def progress(self):
+        """0 at the start, 1 when a budget is used up. With steps as the only budget no clock enters: the learning
+        rate is then the same to the bit in every run."""
+        by_steps = self.step / self.config.steps if self.config.steps else 0.0
+        by_time = self.seconds / (60 * self.config.minutes) if self.config.minutes else 0.0
+        return min(1.0, max(by_steps, by_time))
+
+    @property
+    def done(self):
+        return self.progress >= 1 or self.interrupted
+
+    def due(self):
+        """(pictures, checkpoint): is it time for samples, and is it time to save?"""
+        marks = sum(self.progress >= mark for mark in MARKS)
+        pictures, self.marks_passed = marks > self.marks_passed, marks
+        return pictures, pictures or self.done or self.step % self.config.checkpoint_every == 0
+
+    # -- what is written --
+
+    def record(self, costs, times, grad_norm, lr):
+        """Count one optimizer step; every LOG_EVERY steps write a line of log.csv.
+
+        costs (B,): what each picture cost; times (B,) in [0, 1]. Raises UserError on a loss that is not finite, before
+        anything of that step can be saved.
+        """
+        loss = costs.mean().item()
+        if not math.isfinite(loss):
+            good = f"the last good checkpoint is {self.state_path}" if self.state_path.exists() else "nothing was saved"
+            raise UserError(f"loss is {loss} at step {self.step + 1}; {good}; try a lower --lr or --precision fp32")
+        self.step += 1
+        self.images += len(costs)
+        self.window.append((costs.float().cpu(), times.cpu(), loss, float(grad_norm)))
+        if self.step % LOG_EVERY and not self.done:
+            return
+        costs, times, losses, norms = zip(*self.window)
+        costs, bins = torch.cat(costs), (torch.cat(times) * NOISE_BINS).long().clamp(0, NOISE_BINS - 1)
+        by_noise = [costs[bins == k].mean().item() if (bins == k).any() else None for k in range(NOISE_BINS)]
+        now = self.seconds
+        rate = len(costs) / (now - self.window_started)
+        loss = sum(losses) / len(losses)
+        row = [self.step, now, self.images, loss, lr, sum(norms) / len(norms), rate]
+        with open(self.folder / "log.csv", "a", newline="") as file:
+            if file.tell() == 0:
+                csv.writer(file).writerow(LOG_COLUMNS)
+            csv.writer(file).writerow([f"{v:.6g}" if isinstance(v, float) else v for v in row + by_noise])
+        self.window, self.window_started = [], now
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
+        self.bar.n = self.step if self.config.steps else min(now, self.bar.total)
+        self.bar.refresh()
+
+    def save(self, model, ema, optimizer, scaler):
+        """model.safetensors, the one file that sampling needs, then state.safetensors, the one that resuming needs."""
+        settings = {"system": self.system, "step": self.step, "config": dataclasses.asdict(self.config)}
+        save_tensors(self.folder / "model.safetensors", ema.state_dict(), settings)
+        clock = {"images": self.images, "seconds": self.seconds}
+        save_tensors(self.state_path, pack_state(model, ema, optimizer, scaler), settings | clock)
+
+    def load(self, model, ema, optimizer, scaler):
+        """Put everything back where save() found it, and forget the log's lines that came after. Raises UserError."""
+        tensors, header = load_tensors(self.state_path)
+        if not header or header.get("system") != self.system:
+            raise UserError(f"{self.state_path} is no run of {self.system}.py; name another --out")
+        before, now = header["config"], json.loads(json.dumps(dataclasses.asdict(self.config)))
+        changed = [k for k in now if now[k] != before.get(k) and k not in MAY_CHANGE]
+        if changed:
+            asked = ", ".join(f"--{k.replace('_', '-')} {before.get(k)} (not {now[k]})" for k in changed[:3])
+            raise UserError(f"{self.folder} was made with {asked}; resume with the same options, or name another --out")
+        unpack_state(tensors, self.state_path, model, ema, optimizer, scaler)
+        self.step, self.images, self.seconds_before = header["step"], header["images"], header["seconds"]
+        log = self.folder / "log.csv"
+        if log.exists():
+            lines = log.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if not line[0].isdigit() or int(line.split(",")[0]) <= self.step]
+            save_atomically(log, lambda part: part.write_text("".join(kept)))
+
+    def save_samples(self, rgb):
+        """(B, 3, H, W) in [0, 1] -> samples/step_000500.png, and index.html brought up to date."""
+        save_picture(make_grid(to_uint8(rgb)), self.folder / "samples" / f"step_{self.step:06d}.png")
+        self.write_page()
+
+    def write_page(self):
+        """index.html: the run at a glance in one file without scripts, so that it opens from disk in any browser."""
+        log = self.folder / "log.csv"
+        rows = list(csv.DictReader(log.read_text().splitlines())) if log.exists() else []
+
+        def series(column):
+            return [(int(row["images"]), float(row[column])) for row in rows if row[column]]
+
+        edges = [f"{k / NOISE_BINS:.3f}" for k in range(NOISE_BINS + 1)]
+        noise = {f"t {edges[k]} to {edges[k + 1]}": series(f"loss_bin_{k}") for k in range(NOISE_BINS)}
+        strip = ""
+        for path in sorted((self.folder / "samples").glob("step_*.png")):
+            data = base64.b64encode(path.read_bytes()).decode()
+            strip += f'<figure><img src="data:image/png;base64,{data}" alt="samples">'
+            strip += f"<figcaption>step {int(path.stem[5:]):,}</figcaption></figure>"
+        config = "".join(
+            f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>"
+            for k, v in dataclasses.asdict(self.config).items()
+        )
+        page = PAGE.format(
+            title=html.escape(f"{self.system}: {self.folder}"),
+            summary=f"step {self.step}, {self.images:,} images, {self.seconds / 60:.1f} minutes",
+            command=html.escape(self.command()),
+            loss=svg_chart({"loss": series("loss")}),
+            noise=svg_chart(noise),
+            strip=strip,
+            config=config,
+        )
+        save_atomically(self.folder / "index.html", lambda part: part.write_text(page))
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><meta charset="utf-8"><title>{title}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+figure {{ display: inline-block; margin: 0 1rem 1rem 0 }} figcaption {{ color: #666 }} img {{ max-width: 100% }}
+table {{ border-collapse: collapse }} td {{ padding: 0 1rem 0 0; border-bottom: 1px solid #ddd }}
+code {{ background: #f3f3f3; padding: .2rem .4rem }}
+</style>
+<h1>{title}</h1><p>{summary}. To go on: <code>{command}</code></p>
+<h2>Samples from the averaged weights, always from the same noise</h2>{strip}
+<h2>Loss</h2>{loss}<h2>Loss by time</h2>{noise}
+<h2>Configuration</h2><table>{config}</table>
+</html>
+"""
+
+
+def svg_chart(curves, width=760, height=260, points=400):
+    """Curves, name -> [(x, y > 0)], on a logarithmic y axis, as an SVG element with a legend."""
+    curves = {name: xy[:: max(1, len(xy) // points)] for name, xy in curves.items() if xy}
+    if not curves:
+        return "<p>nothing logged yet</p>"
+    x_max = max(x for xy in curves.values() for x, _ in xy)
+    heights = [math.log10(max(y, 1e-12)) for xy in curves.values() for _, y in xy]
+    low, high = min(heights), max(max(heights), min(heights) + 0.01)
+
+    def place(x, y):
+        up = (math.log10(max(y, 1e-12)) - low) / (high - low)
+        return f"{50 + x / x_max * (width - 200):.1f},{height - 30 - up * (height - 40):.1f}"
+
+    def text(x, y, words, colour="#222"):
+        return f'<text x="{x}" y="{y}" fill="{colour}">{words}</text>'
+
+    parts = [text(0, 18, f"{10**high:.3g}"), text(0, height - 30, f"{10**low:.3g}")]
+    parts += [text(50, height - 8, 0), text(width - 230, height - 8, f"{x_max:,} images")]
+    for i, (name, xy) in enumerate(curves.items()):
+        colour = f"hsl({i * 300 // len(curves)} 65% 45%)"
+        line = " ".join(place(x, y) for x, y in xy)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        parts.append(text(width - 135, 20 + 18 * i, name, colour))
+    return f'<svg viewBox="0 0 {width} {height}" font-size="13" style="max-width: {width}px">{"".join(parts)}</svg>'
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Drawn faces: an endless, seeded cast of characters, each with a caption and tags. The default data of every system.
+
+# fmt: off
+# A drawn face is a stack of paper cut-outs. A cut-out is a pair (colour, outline), and the tables below map what a
+# caption can say ("a grin") to the cut-outs that show it, lowest first: to invent a new hat, add a row.
+#
+# Coordinates: (0, 0) is the centre of the face, x grows to the right and y downwards. The picture reaches from about
+# -1 to 1 both ways, the eyes lie at y = .15 and the chin at .65. Pixels appear nowhere, so any picture size will do.
+
+# Palettes. Names that can follow "a" start with a consonant ("a ginger bob", "a teal background").
+SKINS = {"pale": "#ffe4d6", "light": "#fcd5bd", "peach": "#f6c19c", "tan": "#dea377", "brown": "#b97c54",
+         "dark": "#8a563c"}
+HAIRS = {"black": "#3a3547", "brown": "#5f3d30", "chestnut": "#98512f", "ginger": "#e8833f", "blond": "#f6d27a",
+         "silver": "#cdd1de", "red": "#cf4450", "pink": "#f590b0", "purple": "#9069c9", "blue": "#4f80d6",
+         "teal": "#3fb0ac", "green": "#6db36b"}
+IRISES = {"brown": "#8a4f2d", "amber": "#dd9526", "green": "#46a35c", "teal": "#1fa3a3", "blue": "#3c86de",
+          "violet": "#8a5bd0", "red": "#d04a56", "grey": "#7b8798"}
+CLOTHES = {"red": "#e0595c", "coral": "#f58a6c", "yellow": "#f5c24c", "green": "#66b07a", "teal": "#46a5a8",
+           "blue": "#5a8de0", "navy": "#3f4f80", "purple": "#8d6fc4", "pink": "#ee8fb0", "white": "#f6f3ee"}
+BACKGROUNDS = {"blue": "#a9d3f5", "green": "#b9e3bd", "yellow": "#fbe6a2", "peach": "#fccfb4", "pink": "#fbc8d8",
+               "lilac": "#d5c8f2", "mint": "#b0e6da", "cream": "#f8ecd8", "teal": "#7cc5c9", "rose": "#ee9fa9"}
+WHITE, INK, PLUM, ROSE, RUST = (255, 255, 255), (52, 34, 56), (74, 28, 72), (235, 80, 100), (150, 55, 45)
+
+
+# Outlines are control points of a closed curve that, like a letter of a TrueType font, bends from the middle of one
+# side of their polygon to the middle of the next. It never overshoots, and a point given twice is a sharp corner.
+def tips(points):
+    """Sharpen every other point, from the first: tip, curve, tip, curve..."""
+    return [p for i, p in enumerate(points) for _ in range(2 - i % 2)]
+
+
+def flip(points):
+    return [(-x, y) for x, y in reversed(points)]
+
+
+def mirror(half):
+    """A symmetric outline from its right half."""
+    return half + flip(half)
+
+
+def pair(colour, points):
+    """The same cut-out on both sides of the face."""
+    return [(colour, points), (colour, flip(points))]
+
+
+def oval(x, y, rx, ry):
+    angles = [(k + .5) * math.pi / 4 for k in range(8)]  # an octagon; 1.08 makes its sides touch the oval
+    return [(x + 1.08 * rx * math.cos(a), y + 1.08 * ry * math.sin(a)) for a in angles]
+
+
+def arc(x, y, width, bend, thick, slant=0.0):
+    """A brush stroke around (x, y), `width` long on either side, that sags by `bend` in the middle."""
+    def edge(t):
+        return [(x - width, y - slant + t / 2), (x - width / 2, y - slant / 2 + bend + t),
+                (x + width / 2, y + slant / 2 + bend + t), (x + width, y + slant + t / 2)]
+    return edge(thick / 2) + edge(-thick / 2)[::-1]
+
+
+def open_eye(side, w, h, lid=0.0, slant=0.0):
+    """The eye on one side (-1 or 1). Both have their glints on the left, for one sun lights them."""
+    x, y, slant, top = side * .27, .15, side * slant, .15 - .62 * h + lid
+    return [("white", oval(x, y, w, h)), ("rim", oval(x, y + .01, .78 * w, .93 * h)),
+            ("iris", oval(x, y + .32 * h, .6 * w, .55 * h)), ("ink", oval(x, y + .02, .38 * w, .46 * h)),
+            ("skin", [(x - .22, -.1), (x + .22, -.1), (x + .22, top + slant), (x - .22, top - slant)]),
+            ("ink", arc(x, top, 1.2 * w, -.3 * h, .085, slant)),
+            ("white", oval(x - .05, top + .09, .05, .055)), ("white", oval(x + .05, y + .5 * h, .03, .03))]
+
+
+def closed_eye(side, bend):
+    return [("ink", arc(side * .27, .17 - bend / 2, .16, bend, .075))]
+
+
+# What every face has. Colours go by their role ("shade"), which draw_face turns into paint.
+BODY = [("skin", mirror([(.17, .3), (.17, .7), (.3, .9), (.3, 1.3)])),
+        ("shade", mirror([(.18, .3), (.19, .74), (.06, .82)])),  # the shadow of the chin on the neck
+        ("cloth", mirror([(.1, .98), (.22, .72), (.5, .8), (.84, .95), (.95, 1.5)]))]
+HEAD = mirror([(.2, -.66), (.5, -.56), (.59, -.1), (.55, .3), (.34, .55), (.12, .66)])
+EARS = [*pair("skin", oval(.56, .16, .1, .14)), *pair("shade", oval(.56, .17, .05, .08))]
+SHINE = mirror(tips([(.06, -.5), (.14, -.6), (.28, -.45), (.38, -.52), (.5, -.38)]) + [(.34, -.64), (.1, -.72)])
+
+# Hair comes in two layers with the head between them. The one behind, after the height where its side locks end...
+NAPE = [("dark", mirror([(.3, -.86), (.64, -.6), (.68, 0), (.58, .38), (.2, .5)]))]
+PONYTAIL = [(.3, -.75), (.65, -1), (1.02, -.6), (.88, .1), (1, .55), (1, .55), (.7, .3), (.74, -.3), (.5, -.45)]
+TAIL = [(.5, -.45), (.72, -.72), (1, -.5), (1.02, .2), (.86, .9), (.86, .9), (.74, .3), (.66, -.1)]
+SPIKES = tips([(0, -.84), (.1, -.84), (.22, -1.1), (.3, -.8), (.66, -.98), (.6, -.7), (.94, -.6), (.68, -.36),
+               (.98, -.1), (.7, .04), (.8, .3), (.5, .16)])
+STYLES = {
+    "short {} hair": (.06, NAPE),
+    "a {} bob": (.42, [("dark", mirror([(.3, -.86), (.68, -.6), (.7, .1), (.84, .62), (.6, .76), (.3, .6)]))]),
+    "long {} hair": (.5, [("dark", mirror([(.3, -.86), (.7, -.6), (.7, .2), (.82, 1.4), (.3, 1.4)]))]),
+    "wavy {} hair": (.4, [("dark", mirror([(.3, -.86), (.7, -.56), (.62, -.1), (.97, .25), (.62, .6), (1, .95)]))]),
+    "a {} ponytail": (.2, [*NAPE, ("mid", PONYTAIL), ("trim", oval(.58, -.66, .14, .12))]),
+    "{} twin tails": (.3, [*NAPE, *pair("mid", TAIL), *pair("trim", oval(.68, -.46, .1, .14))]),
+    "a {} bun": (.15, [*NAPE, ("mid", oval(0, -.93, .27, .22)), ("trim", arc(0, -.86, .2, -.03, .12))]),
+    "{} double buns": (.3, [*NAPE, *pair("mid", oval(.53, -.74, .25, .24))]),
+    "spiky {} hair": (.06, [("hair", mirror(SPIKES))]),
+    "curly {} hair": (.15, [("mid", oval(.74 * math.sin(k / 2), -.16 - .7 * math.cos(k / 2), .27, .27))
+                            for k in (-5, 5, -4, 4, -3, 3, -2, 2, -1, 1, 0)]),
+    "{} braids": (.2, NAPE + [p for k in range(4) for p in pair("mid", oval(.62 + .03 * k, .3 + .2 * k, .15, .15))]),
+}
+# ... and the lower edge of the one in front, from right to left: tip, gap, tip, gap...
+FRINGES = {
+    "straight fringe": mirror(tips([(.5, -.02), (.42, -.26), (.34, -.17), (.22, -.28), (.12, -.16), (.04, -.26)])),
+    "choppy fringe": mirror(tips([(.5, -.02), (.42, -.38), (.32, -.17), (.2, -.42), (.1, -.14), (.03, -.36)])),
+    "curly fringe": mirror([*tips([(.52, -.14), (.4, -.08), (.28, -.3), (.14, -.12)]), (0, -.32)]),
+    "swept fringe": tips([(.52, .02), (.42, -.2), (.36, -.5), (.1, -.14), (-.3, -.14), (-.42, -.18), (-.52, .06)]),
+    "parted fringe": tips([(.52, .08), (.46, -.35), (.1, -.66), (-.36, -.36), (-.52, .08)]),
+    "high hairline": mirror([*tips([(.53, -.05), (.46, -.52)]), (0, -.42)]),
+}
+EYES = {
+    "round {} eyes": open_eye(-1, .15, .19) + open_eye(1, .15, .19),
+    "gentle {} eyes": open_eye(-1, .15, .17, .02, .05) + open_eye(1, .15, .17, .02, .05),
+    "sharp {} eyes": open_eye(-1, .165, .16, .02, -.05) + open_eye(1, .165, .16, .02, -.05),
+    "sleepy {} eyes": open_eye(-1, .15, .18, .1) + open_eye(1, .15, .18, .1),
+    "winking {} eyes": open_eye(-1, .15, .19) + closed_eye(1, -.13),
+    "happy closed eyes": closed_eye(-1, -.15) + closed_eye(1, -.15),
+    "calm closed eyes": closed_eye(-1, .12) + closed_eye(1, .12),
+}
+BROWS = {"flat": arc(.27, -.12, .13, -.02, .055), "raised": arc(.27, -.15, .13, -.06, .055),
+         "worried": arc(.27, -.13, .12, -.03, .055, .04), "bold": arc(.27, -.12, .14, -.03, .08, -.02)}
+MOUTHS = {
+    "a smile": [("lips", arc(0, .42, .16, .09, .055))],
+    "a grin": [("white", tips([(-.19, .38), (0, .4), (.19, .38), (.14, .56), (0, .58), (-.14, .56)]))],
+    "a laugh": [("mouth", tips([(-.18, .37), (0, .39), (.18, .37), (0, .76)])), ("tongue", oval(0, .51, .07, .035))],
+    "a cheeky tongue": [("tongue", oval(.06, .52, .065, .075)), ("lips", arc(0, .42, .16, .08, .055))],
+    "a surprised mouth": [("mouth", oval(0, .47, .065, .08))],
+    "a neutral look": [("lips", arc(0, .45, .12, .01, .055))],
+    "a frown": [("lips", arc(0, .5, .14, -.07, .055))],
+    "a smirk": [("lips", arc(.04, .44, .14, .05, .055, -.05))],
+}
+CHEEKS = {"": [], "rosy cheeks": pair("blush", oval(.38, .36, .11, .065)), "freckles": [
+    p for x, y in [(.28, .37), (.36, .41), (.44, .36)] for p in pair("freckle", oval(x, y, .022, .022))]}
+TOPS = {
+    "t-shirt": [("skin", arc(0, .72, .25, .1, .3))],
+    "shirt": pair("bright", [(.16, .72), (.26, .62), (.5, .84), (.26, 1.06), (.26, 1.06), (.02, .94), (.02, .94)]),
+    "turtleneck": [("deep", arc(0, .78, .27, .04, .3))],
+    "hoodie": [("deep", mirror([(.1, .92), (.26, .56), (.56, .82), (.34, 1.14), (.1, 1.14)]))],
+    "jacket": [("bright", mirror([(.2, .7), (.2, .7), (.1, 1.4)])), ("skin", arc(0, .7, .19, .08, .22))],
+}
+ACCESSORIES = {
+    "glasses": pair("frame", [(0, -.05), (.54, -.05), (.5, .37), (.06, .37)]),
+    "round glasses": pair("frame", oval(.27, .16, .25, .23)),
+    "{} earrings": pair("trim", oval(.58, .38, .07, .09)),
+    "a {} headband": [("trim", arc(0, -.3, .71, -.42, .16))],
+    "a {} bow": [("trim", [(.42, -.66), (.42, -.66), (.74, -.94), (.78, -.66), (.74, -.38), (.42, -.66), (.42, -.66),
+                           (.1, -.38), (.06, -.66), (.1, -.94)]), ("deeptrim", oval(.42, -.66, .07, .09))],
+    "a {} flower": [*[("trim", oval(x, y, .085, .085)) for x, y in oval(.46, -.52, .13, .13)],
+                    ("#fff3c4", oval(.46, -.52, .085, .085))],
+    "a {} beret": [("trim", arc(0, -1, .06, 0, .2)), ("deeptrim", arc(0, -.42, .68, -.16, .1)), ("trim", [
+        (-.6, -.44), (-.9, -.56), (-.55, -1.05), (.3, -1.08), (.9, -.8), (.72, -.44), (0, -.66)])],
+    "a {} beanie": [("deeptrim", oval(0, -1.02, .14, .13)), ("deeptrim", arc(0, -.42, .71, -.1, .2)),
+                    ("trim", mirror([(.2, -1.02), (.6, -.9), (.74, -.42), (.4, -.58)]))],
+    "cat ears": [*pair("mid", tips([(.2, -.8), (.4, -1), (.62, -1.12), (.72, -.9), (.68, -.45)])),
+                 *pair("blush", tips([(.36, -.84), (.45, -.94), (.57, -1), (.62, -.9), (.6, -.7)]))],
+}
+PATTERNS = {
+    "plain": [], "sunny": [("pale", oval(0, .05, .84, .84))],
+    "glowing": [("pale", oval(0, .05, 1.15, 1.15)), ("paler", oval(0, .05, .85, .85))],
+    "dotted": [("pale", oval(x / 2 + y % 2 / 4 - .9, y / 2 - .85, .1, .1)) for y in range(4) for x in range(5)],
+    "striped": [("pale", arc(0, y, 2, 0, .32, -1.4)) for y in (-1.6, -.8, 0, .8, 1.6)],
+    "hilly": [("pale", [(-1.6, .6), (-.6, -.5), (.1, .6), (.7, -.2), (1.5, .5), (1.5, 2), (-1.5, 2)])],
+}
+# fmt: on
+
+
+def mix(a, b, t):
+    """The colour a fraction t of the way from a to b."""
+    return tuple(round(p + (q - p) * t) for p, q in zip(a, b))
+
+
+class Collage:
+    """A layer of the picture: the cut-outs pasted on it are all moved, scaled and tilted alike."""
+
+    t = np.linspace(0, 1, 8, endpoint=False)[:, None]
+    before, here, after = (1 - t) ** 2 / 2, 0.5 + t - t**2, t**2 / 2  # the weights of a quadratic B-spline
+
+    def __init__(self, image, colours, x=0.0, y=0.0, scale=1.0, tilt=0.0):
+        self.image, self.draw, self.colours, self.unit = image, ImageDraw.Draw(image), colours, scale * image.width / 2
+        cos, sin = self.unit * math.cos(tilt), self.unit * math.sin(tilt)
+        self.turn, self.centre = np.array([[cos, sin], [-sin, cos]]), (1 + np.array([x, y])) * image.width / 2
+
+    def curve(self, points, down=0.0):
+        p = (np.array([points[-1], *points, points[0]]) + (0, down)) @ self.turn + self.centre
+        return (p[:-2, None] * self.before + p[1:-1, None] * self.here + p[2:, None] * self.after).ravel().tolist()
+
+    def mask(self, curve):
+        mask = Image.new("L", self.image.size)
+        ImageDraw.Draw(mask).polygon(curve, fill=255)
+        return mask
+
+    def paste(self, cutouts, down=0.0, inside=None):
+        for name, points in cutouts:
+            colour, curve = self.colours.get(name, name), self.curve(points, down)
+            if inside:  # trim away what sticks out of another outline
+                self.image.paste(colour, mask=ImageChops.darker(self.mask(curve), self.mask(self.curve(inside))))
+            elif name == "frame":  # the one thing to look through
+                self.draw.line(curve + curve[:4], colour, round(0.05 * self.unit), joint="curve")
+            else:
+                self.draw.polygon(curve, colour)
+
+
+def draw_face(seed: int, size: int = 80) -> tuple[Image.Image, str, list[str]]:
+    """Face number `seed`: (RGB picture size x size, caption, tags)."""
+    rng = random.Random(seed)
+
+    def dye(palette, *taken):
+        """A colour of another name than those taken, and never twice quite the same."""
+        name = rng.choice([name for name in palette if name not in taken])
+        return name, tuple(min(c + rng.randint(-5, 5), 255) for c in ImageColor.getrgb(palette[name]))
+
+    (skin_name, skin), (hair_name, hair), (iris_name, iris) = dye(SKINS), dye(HAIRS), dye(IRISES)
+    top_name, cloth = dye(CLOTHES, hair_name)
+    trim_name, trim = dye(CLOTHES, hair_name, top_name, "white")
+    back_name, back = dye(BACKGROUNDS, hair_name, top_name)
+    style, fringe, eyes, brows, mouth, cheeks, top, extra, pattern = (
+        rng.choice(list(table))
+        for table in (STYLES, FRINGES, EYES, BROWS, MOUTHS, CHEEKS, TOPS, ["", "", "", *ACCESSORIES], PATTERNS)
+    )
+    place = rng.uniform(-0.04, 0.04), rng.uniform(0.04, 0.1), rng.uniform(0.86, 0.92)  # x, y, scale
+    tilt, low = rng.uniform(-0.09, 0.09), rng.uniform(-0.02, 0.02)
+
+    # What the cut-outs call their colours. Shadows lean towards rust and plum rather than black, to keep skin and
+    # cloth warm.
+    colours = {
+        "skin": skin,
+        "shade": mix(skin, RUST, 0.24),
+        "blush": mix(skin, ROSE, 0.35),
+        "freckle": mix(skin, RUST, 0.55),
+        "hair": hair,
+        "mid": mix(hair, PLUM, 0.13),
+        "dark": mix(hair, PLUM, 0.35),
+        "light": mix(hair, WHITE, 0.35),
+        "iris": mix(iris, WHITE, 0.2),
+        "rim": mix(iris, INK, 0.45),
+        "ink": mix(INK, hair, 0.1),
+        "brow": mix(hair, INK, 0.6),
+        "lips": mix(INK, skin, 0.15),
+        "mouth": mix(ROSE, INK, 0.6),
+        "tongue": mix(ROSE, WHITE, 0.2),
+        "cloth": cloth,
+        "deep": mix(cloth, PLUM, 0.15),
+        "bright": mix(cloth, WHITE, 0.55),
+        "trim": trim,
+        "deeptrim": mix(trim, PLUM, 0.25),
+        "frame": mix(trim, INK, 0.45),
+        "pale": mix(back, WHITE, 0.4),
+        "paler": mix(back, WHITE, 0.65),
+    }
+    image = Image.new("RGB", (4 * size, 4 * size), back)  # four times too large: shrinking it smooths the edges
+    scene, body, head = Collage(image, colours), Collage(image, colours, *place), Collage(image, colours, *place, tilt)
+
+    locks, back_hair = STYLES[style]
+    dome = [(0.2, -0.92), (0.5, -0.78), (0.71, -0.4), (0.66, 0), (0.56, locks), (0.56, locks)]
+    front_hair = flip(dome) + dome + FRINGES[fringe]
+    nose = [("shade", arc(0, 0.3, 0.05, 0.01, 0.05))]
+
+    # From far to near. The shoulders stay upright while the head tilts.
+    scene.paste(PATTERNS[pattern])
+    head.paste(back_hair)
+    body.paste(BODY + TOPS[top])
+    head.paste([*EARS, ("skin", HEAD)])
+    head.paste(CHEEKS[cheeks] + nose + EYES[eyes] + MOUTHS[mouth], low)
+    head.paste([("shade", front_hair)], down=0.07, inside=HEAD)  # the shadow of the fringe on the forehead
+    head.paste([("hair", front_hair)])
+    head.paste([("light", SHINE)], inside=front_hair)
+    # Brows show through the fringe, as they do in comics: half of the mood is theirs.
+    head.paste(pair("brow", BROWS[brows]) + ACCESSORIES.get(extra, []))
+
+    shown = [style.format(hair_name), eyes.format(iris_name), mouth, *filter(None, [cheeks, extra.format(trim_name)])]
+    caption = f"a face with {', '.join(shown[:-1])} and {shown[-1]}, on a {back_name} background"
+    tags = [
+        style,
+        f"{hair_name} hair",
+        fringe,
+        eyes,
+        *[f"{iris_name} eyes"] * ("{}" in eyes),
+        f"{brows} brows",
+        mouth,
+        cheeks,
+        extra,
+        f"{top_name} {top}",
+        f"{back_name} background",
+        f"{pattern} background",
+        f"{skin_name} skin",
+    ]
+    return image.reduce(4), caption, [tag.replace("{} ", "").removeprefix("a ") for tag in tags if tag]
+
+
+@dataclasses.dataclass
+class DrawnFaces:
+    """pictures (N, 3, size, size) uint8; a caption and a list of tags for each."""
+
+    pictures: torch.Tensor
+    captions: list[str]
+    tags: list[list[str]]
+
+
+def draw_faces(count, size):
+    """Faces 0 to count - 1 as DrawnFaces: drawn by all cores and kept in data/, read from there the next time.
+
+    The first few are drawn anew each time and must equal the kept ones, so that a change to the drawing above shows.
+    """
+    cache = Path("data") / f"drawn-faces-{count}-{size}.safetensors"
+
+    def collect(faces):
+        pictures, captions, tags = zip(*faces)
+        pictures = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+        return DrawnFaces(pictures.permute(0, 3, 1, 2).contiguous(), list(captions), list(tags))
+
+    probe = collect(draw_face(seed, size) for seed in range(min(count, 8)))
+    if cache.exists():
+        with contextlib.suppress(UserError, KeyError, TypeError):
+            tensors, words = load_tensors(cache)
+            faces = DrawnFaces(tensors["pictures"], words["captions"], words["tags"])
+            if faces.captions[:8] == probe.captions and torch.equal(faces.pictures[:8], probe.pictures):
+                return faces
+    # Pillow's drawing holds Python's lock, so this takes processes; forking spares each its own import of torch.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with concurrent.futures.ProcessPoolExecutor(mp_context=context) as pool:
+        drawn = pool.map(draw_face, range(count), itertools.repeat(size), chunksize=100)
+        faces = collect(tqdm(drawn, "drawing", count, unit=" faces", leave=False))
+    with contextlib.suppress(UserError):  # no place to keep them: they are drawn again the next time
+        save_tensors(cache, {"pictures": faces.pictures}, {"captions": faces.captions, "tags": faces.tags})
+    return faces

@@ -1,0 +1,81 @@
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import jit_lab
+
+ROOT = Path(__file__).parent.parent
+FIXTURES = Path(__file__).parent / "fixtures"
+# A model and a run so small that a test takes a second or two.
+TINY = dict(image_size=16, patch_size=4, hidden_size=32, depth=2, num_heads=2, bottleneck_dim=8)
+TINY_FLAGS = [word for k, v in TINY.items() for word in ("--" + k.replace("_", "-"), str(v))]
+
+
+@pytest.fixture
+def tiny_config():
+    return lambda **changes: jit_lab.Config(**(TINY | changes))
+
+
+@pytest.fixture
+def awake_model():
+    """A tiny JiT whose every weight is random: nothing is zero, so nothing is hidden behind a closed gate."""
+
+    def make(config, seed=0):
+        torch.manual_seed(seed)
+        model = jit_lab.build_model(config)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.normal_(std=0.2)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of 24 small pictures, every fourth one grey."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "pictures"
+    path.mkdir()
+    for i in range(24):
+        pixels = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        if i % 4 == 0:
+            pixels[:] = pixels[..., :1]
+        Image.fromarray(pixels).resize((16, 16), Image.NEAREST).save(path / f"{i:02d}.png")
+    return path
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Run a model file's command line as a user would, in an empty folder: (exit code, stdout, stderr)."""
+
+    def run(*words, file="jit_lab.py", prefix=(), **options):
+        words = [str(word) for word in words]
+        environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(
+            [*prefix, sys.executable, str(ROOT / file), *words],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            **options,
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)

@@ -1,0 +1,251 @@
+"""The command line and run folders, as a user meets them: budgets, resuming, broken files, Ctrl-C."""
+
+import csv
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from conftest import ROOT, TINY, TINY_FLAGS
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import common
+import jit_lab
+from common import UserError
+
+
+@pytest.fixture
+def train(folder, tmp_path, monkeypatch):
+    """Train the tiny model in this process."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(out, **changes):
+        values = dict(TINY, data=str(folder), out=str(out), batch_size=8, minutes=None, device="cpu", precision="fp32")
+        return jit_lab.train(jit_lab.Config(**(values | changes)))
+
+    return run
+
+
+def same_bits(one, other):
+    for name in ("model.safetensors", "state.safetensors"):
+        a, b = load_file(one / name), load_file(other / name)
+        assert a.keys() == b.keys() and len(a) > 10
+        for key in a:
+            assert torch.equal(a[key], b[key]), f"{name}: {key}"
+
+
+def read_log(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+HALF = {"precision": "fp16", "grad_accum": 2, "decay": "none"}
+
+
+@pytest.mark.parametrize("options", [{}, HALF, {"precision": "bf16"}])
+def test_interrupted_run_resumes_to_the_same_bits(train, tmp_path, monkeypatch, options):
+    train(tmp_path / "whole", steps=8, **options)
+
+    # Ctrl-C arrives in the middle of the fifth step.
+    calls = []
+
+    def interrupt(*arguments, honest=jit_lab.draw_batch):
+        calls.append(arguments[2])
+        if arguments[2] == 4 and calls.count(4) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return honest(*arguments)
+
+    monkeypatch.setattr(jit_lab, "draw_batch", interrupt)
+    assert train(tmp_path / "halves", steps=8, **options) == 130
+    with safe_open(tmp_path / "halves" / "state.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["config"])["step"] == 5
+    assert train(tmp_path / "halves", steps=8, resume=True, **options) == 0
+    same_bits(tmp_path / "whole", tmp_path / "halves")
+    logs = [read_log(tmp_path / name / "log.csv") for name in ("whole", "halves")]
+    assert [row["step"] for row in logs[0]] == ["8"] and [row["step"] for row in logs[1]] == ["5", "8"]
+
+
+def test_killed_run_resumes_to_the_same_bits(train, folder, tmp_path):
+    train(tmp_path / "whole", steps=60, checkpoint_every=3)
+    flags = [*TINY_FLAGS, "--data", folder, "--batch-size", 8, "--steps", 60, "--checkpoint-every", 3]
+    flags += ["--out", tmp_path / "killed", "--device", "cpu", "--precision", "fp32", "--lr", 0.001]
+    words = [sys.executable, str(ROOT / "jit_lab.py"), "train", *map(str, flags)]
+    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    state = tmp_path / "killed" / "state.safetensors"
+    while not state.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.1)
+    process.kill()
+    process.wait()
+    with safe_open(state, "pt") as file:
+        assert json.loads(file.metadata()["config"])["step"] < 60
+    done = subprocess.run([*words, "--resume"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "resumed at step" in done.stdout
+    same_bits(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_run_folder_holds_what_the_readme_says(train, tmp_path):
+    train(tmp_path / "run", steps=20)
+    run = tmp_path / "run"
+    assert {p.name for p in run.iterdir()} == {
+        *("model.safetensors", "state.safetensors", "log.csv", "samples", "index.html"),
+    }
+    steps = [2, 4, 6, 10, 14, 20]  # a tenth, two tenths, ... of the budget
+    assert [p.name for p in sorted((run / "samples").iterdir())] == [f"step_{s:06d}.png" for s in steps]
+    assert Image.open(run / "samples" / "step_000020.png").size == (80, 80)  # 5 x 5 pictures of 16 pixels
+    rows = read_log(run / "log.csv")
+    assert [row["step"] for row in rows] == ["10", "20"] and rows[1]["images"] == "160"
+    bins = [float(rows[1][f"loss_bin_{k}"]) for k in range(8) if rows[1][f"loss_bin_{k}"]]
+    assert len(bins) > 3 and float(rows[1]["lr"]) < float(rows[0]["lr"])
+    config = jit_lab.load_model(run / "model.safetensors", "cpu")[1]
+    assert config.steps == 20 and config.crop_sizes == (0.5, 0.8, 1.0)
+
+
+def test_page_is_self_contained(train, tmp_path):
+    train(tmp_path / "run", steps=10)
+    page = (tmp_path / "run" / "index.html").read_text()
+    used = []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            used.append(tag)
+            for name, value in attributes:
+                assert name not in ("src", "href") or value.startswith("data:")
+
+    Reader().feed(page)
+    assert used.count("svg") == 2 and used.count("img") == 6 and "script" not in used and "link" not in used
+    assert "--resume" in page and "hidden_size" in page
+
+
+def test_samples_while_training_come_from_fixed_noise_and_the_ema(train, tmp_path):
+    train(tmp_path / "run", steps=10)
+    model, config = jit_lab.load_model(tmp_path / "run" / "model.safetensors", "cpu")
+    again = common.make_grid(common.to_uint8(jit_lab.sample(model, config, range(25))))
+    assert again.tobytes() == Image.open(tmp_path / "run" / "samples" / "step_000010.png").tobytes()
+
+
+def test_training_learns(train, tmp_path):
+    train(tmp_path / "run", steps=150, color_fraction=1.0, lr=3e-3)
+    losses = [float(row["loss"]) for row in read_log(tmp_path / "run" / "log.csv")]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_what_cannot_go_on_is_refused(train, tmp_path, monkeypatch):
+    train(tmp_path / "run", steps=4)
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*.safetensors")}
+    with pytest.raises(UserError, match="not empty"):
+        train(tmp_path / "run", steps=4)
+    with pytest.raises(UserError, match="nothing to resume"):
+        train(tmp_path / "other", steps=4, resume=True)
+    with pytest.raises(UserError, match="was made with --lr"):
+        train(tmp_path / "run", steps=4, resume=True, lr=0.5)
+    with pytest.raises(UserError, match="does not divide --image-size"):
+        train(tmp_path / "new", steps=4, patch_size=5)
+    with pytest.raises(UserError, match="--grad-accum 3 does not divide"):
+        train(tmp_path / "new", steps=4, grad_accum=3)
+    assert not (tmp_path / "new").exists()
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*.safetensors")}
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(train, tmp_path, monkeypatch):
+    def poison(*arguments, honest=jit_lab.flow_loss):
+        poison.calls += 1
+        return honest(*arguments) * (float("nan") if poison.calls > 6 else 1)
+
+    poison.calls = 0
+    monkeypatch.setattr(jit_lab, "flow_loss", poison)
+    with pytest.raises(UserError, match=r"loss is nan at step 7; the last good checkpoint is .*state.safetensors"):
+        train(tmp_path / "run", steps=10, checkpoint_every=1)
+    assert all(t.isfinite().all() for t in load_file(tmp_path / "run" / "state.safetensors").values())
+
+
+def test_full_disk_spares_the_last_checkpoint(folder, command, tmp_path):
+    flags = ["train", *TINY_FLAGS, "--data", folder, "--batch-size", 8, "--device", "cpu", "--out", "run"]
+    assert command(*flags, "--steps", 4)[0] == 0
+    state = tmp_path / "run" / "state.safetensors"
+    before = state.read_bytes()
+    # No file may grow beyond 64 KiB: what a full disk looks like to the program.
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))  # noqa: E731
+    code, _, errors = command(*flags, "--steps", 8, "--resume", preexec_fn=limit)
+    assert code == 2 and errors.strip().splitlines()[-1].startswith("error: cannot write")
+    assert "Traceback" not in errors and state.read_bytes() == before
+    assert not list((tmp_path / "run").glob(".*part"))
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["train", "--data", "nowhere"], "no folder nowhere"),
+        (["train", "--data", "."], "no pictures in ."),
+        (["train", "--patch-size", "7"], "--patch-size 7 does not divide --image-size 80"),
+        (["train", "--lr", "-1"], "--lr -1.0: must be at least 0"),
+        (["train", "--lr", "nan"], "--lr nan: must be at least 0"),
+        (["train", "--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+        (["train", "--space", "cmyk"], "--space cmyk: choose one of lab, rgb"),
+        (["train", "--nonsense"], "unrecognized arguments: --nonsense"),
+        (["train", "--out", "/proc/run"], "cannot make /proc/run"),
+        (["sample", "--weights", "nowhere.safetensors"], "no weights at nowhere.safetensors"),
+        (["sample", "--steps", "0"], "--steps 0: must be at least 1"),
+        (["novelty", "--alexnet", "a.pth"], "LPIPS needs two files"),
+        (["dream"], "invalid choice: 'dream'"),
+    ],
+)
+def test_mistake_is_one_line_and_code_two(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert common.run_command_line(jit_lab.__doc__, jit_lab.VERBS, words) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ") and errors.count("\n") == 1 and message in errors
+
+
+def test_sample_writes_grid_singles_and_gif(train, command, tmp_path):
+    train(tmp_path / "runs" / "jit_lab", steps=2)  # where sample looks first
+    code, _, errors = command("sample", "--num", 5, "--steps", 12, "--each", "each", "--gif", "way.gif", "--seed", 4)
+    assert code == 0, errors
+    assert Image.open(tmp_path / "samples" / "jit_lab.png").size == (48, 32)
+    assert sorted(p.name for p in (tmp_path / "each").iterdir()) == [f"{4 + i:06d}.png" for i in range(5)]
+    assert Image.open(tmp_path / "way.gif").n_frames == 10
+
+
+def test_novelty_writes_a_sheet_and_a_table(train, folder, command, tmp_path):
+    train(tmp_path / "runs" / "jit_lab", steps=2)
+    code, out, errors = command("novelty", "--num", 3, "--steps", 2, "--data", folder)
+    assert code == 0, errors
+    assert "multi-scale pixel distance" in out and "24 training pictures" in out
+    rows = read_log(tmp_path / "samples" / "jit_lab_novelty.csv")
+    assert len(rows) == 3 and all(row["nearest"].endswith(".png") and float(row["distance"]) > 0 for row in rows)
+    assert Image.open(tmp_path / "samples" / "jit_lab_novelty.png").size[0] > 100
+
+
+def test_importing_has_no_side_effect_and_help_explains(command):
+    code, out, errors = command(file="jit_lab.py")
+    assert code == 0 and "python jit_lab.py train" in out and not errors
+    code, out, _ = command("train", "--help")
+    options = re.findall(r"--([a-z0-9-]+)", out)
+    for name in jit_lab.Config.__dataclass_fields__:
+        assert name.replace("_", "-") in options
+
+
+def test_readme_names_only_what_exists():
+    readme = (ROOT / "README.md").read_text()
+    for path in re.findall(r"\]\(([^)#:]+)\)|src=\"([^\":]+)\"", readme):
+        assert (ROOT / (path[0] or path[1])).exists(), path
+    flags = {
+        "--" + f.replace("_", "-") for c in (jit_lab.Config, jit_lab.NoveltyConfig) for f in c.__dataclass_fields__
+    }
+    for line in re.findall(r"python jit_lab\.py [^\n`]*", readme):
+        used = set(re.findall(r"--[a-z-]+", line))
+        assert used <= flags | {"--preset", "--help"}, line
+    for function in re.findall(r"`jit_lab\.([A-Za-z_]+)`", readme):
+        assert hasattr(jit_lab, function), function
+    for function in re.findall(r"`common\.([A-Za-z_]+)`", readme):
+        assert hasattr(common, function), function

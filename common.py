@@ -197,9 +197,9 @@ class TrainConfig:
     out: str = option("", "run folder (default: runs/ and the file's name)")
     minutes: float | None = option(None, "stop after this many minutes of training", low=0.01)
     steps: int | None = option(None, "stop after this many optimizer steps; given alone, no clock counts", low=1)
-    batch_size: int = option(64, "pictures per optimizer step, accumulation included", low=1)
+    batch_size: int = option(32, "pictures per optimizer step, accumulation included", low=1)
     grad_accum: int = option(1, "passes that one optimizer step is divided into", low=1)
-    lr: float = option(1e-3, "peak learning rate", low=0.0)
+    lr: float = option(3e-3, "peak learning rate", low=0.0)
     warmup: float = option(0.05, "part of the budget over which the learning rate rises", low=0.0, high=1.0)
     decay: str = option("cosine", "after the warm-up: fall to zero along a cosine, or stay", choices=("cosine", "none"))
     beta2: float = option(0.95, "AdamW's memory for squared gradients", low=0.0, high=0.9999)
@@ -287,8 +287,8 @@ def run_command_line(doc, verbs, argv=None):
             return 0
         function, config_class, presets, _ = verbs[verb]
         return function(make_config(config_class, given, presets)) or 0
-    except UserError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
+    except (UserError, OSError) as problem:  # an OSError that nobody foresaw, such as a disk that fills up meanwhile
+        print(f"error: {problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -602,15 +602,15 @@ class Run:
         self.config, self.system = config, system
         self.folder = Path(config.out or f"runs/{system}")
         self.step, self.images, self.seconds_before = 0, 0, 0.0
-        self.interrupted = False
-        self.window = []  # (costs, times, loss, gradient norm) of each step since the last line of the log
+        self.done, self.interrupted = False, False
+        self.window = []  # (costs, times, loss, gradient norm, lr) of each step since the last line of the log
         if config.resume:
             if not self.state_path.exists():
                 raise UserError(f"nothing to resume in {self.folder}; leave --resume out to start a run there")
         elif self.folder.exists() and any(self.folder.iterdir()):
             raise UserError(f"{self.folder} is not empty; add --resume to go on with it, or name another --out")
         try:
-            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
             raise UserError(f"cannot make {self.folder}: {problem.strerror}; name another --out") from None
 
@@ -654,6 +654,7 @@ class Run:
         self.started = time.perf_counter()
         self.window_started = self.seconds_before
         self.marks_passed = sum(self.progress >= mark for mark in MARKS)
+        self.done = self.progress >= 1  # a finished run that is resumed has nothing left to do
 
         def interrupt(signum, frame):
             if self.interrupted:
@@ -661,8 +662,8 @@ class Run:
             self.interrupted = True
 
         before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-        total = self.config.steps or 60 * self.config.minutes
-        self.bar = tqdm(total=total, unit="step" if self.config.steps else "s", bar_format=PROGRESS_BAR)
+        total, passed = self.config.steps or 60 * self.config.minutes, self.step or self.seconds_before
+        self.bar = tqdm(total=total, initial=min(total, passed), bar_format=PROGRESS_BAR)
         try:
             yield self
         finally:
@@ -682,20 +683,22 @@ class Run:
         by_time = self.seconds / (60 * self.config.minutes) if self.config.minutes else 0.0
         return min(1.0, max(by_steps, by_time))
 
-    @property
-    def done(self):
-        return self.progress >= 1 or self.interrupted
-
     def due(self):
-        """(pictures, checkpoint): is it time for samples, and is it time to save?"""
+        """(pictures, checkpoint): is it time for samples, and is it time to save?
+
+        Here alone it is decided that a run is done, so that none ends, not even by Ctrl-C, without a last checkpoint.
+        """
+        self.done = self.progress >= 1 or self.interrupted
         marks = sum(self.progress >= mark for mark in MARKS)
         pictures, self.marks_passed = marks > self.marks_passed, marks
+        if self.done and self.window:
+            self.write_line()
         return pictures, pictures or self.done or self.step % self.config.checkpoint_every == 0
 
     # -- what is written --
 
     def record(self, costs, times, grad_norm, lr):
-        """Count one optimizer step; every LOG_EVERY steps write a line of log.csv.
+        """Count one optimizer step of learning rate lr; every LOG_EVERY steps it goes into log.csv.
 
         costs (B,): what each picture cost; times (B,) in [0, 1]. Raises UserError on a loss that is not finite, before
         anything of that step can be saved.
@@ -706,16 +709,19 @@ class Run:
             raise UserError(f"loss is {loss} at step {self.step + 1}; {good}; try a lower --lr or --precision fp32")
         self.step += 1
         self.images += len(costs)
-        self.window.append((costs.float().cpu(), times.cpu(), loss, float(grad_norm)))
-        if self.step % LOG_EVERY and not self.done:
-            return
-        costs, times, losses, norms = zip(*self.window)
+        self.window.append((costs.float().cpu(), times.cpu(), loss, float(grad_norm), lr))
+        if self.step % LOG_EVERY == 0:
+            self.write_line()
+
+    def write_line(self):
+        """One line of log.csv, and the progress bar, from the steps since the last one."""
+        costs, times, losses, norms, rates = zip(*self.window)
         costs, bins = torch.cat(costs), (torch.cat(times) * NOISE_BINS).long().clamp(0, NOISE_BINS - 1)
         by_noise = [costs[bins == k].mean().item() if (bins == k).any() else None for k in range(NOISE_BINS)]
         now = self.seconds
         rate = len(costs) / (now - self.window_started)
         loss = sum(losses) / len(losses)
-        row = [self.step, now, self.images, loss, lr, sum(norms) / len(norms), rate]
+        row = [self.step, now, self.images, loss, rates[-1], sum(norms) / len(norms), rate]
         with open(self.folder / "log.csv", "a", newline="") as file:
             if file.tell() == 0:
                 csv.writer(file).writerow(LOG_COLUMNS)
@@ -726,11 +732,12 @@ class Run:
         self.bar.refresh()
 
     def save(self, model, ema, optimizer, scaler):
-        """model.safetensors, the one file that sampling needs, then state.safetensors, the one that resuming needs."""
+        """model.safetensors, all that sampling needs, then state.safetensors, all that resuming needs, and the page."""
         settings = {"system": self.system, "step": self.step, "config": dataclasses.asdict(self.config)}
         save_tensors(self.folder / "model.safetensors", ema.state_dict(), settings)
         clock = {"images": self.images, "seconds": self.seconds}
         save_tensors(self.state_path, pack_state(model, ema, optimizer, scaler), settings | clock)
+        self.write_page()
 
     def load(self, model, ema, optimizer, scaler):
         """Put everything back where save() found it, and forget the log's lines that came after. Raises UserError."""
@@ -746,14 +753,14 @@ class Run:
         self.step, self.images, self.seconds_before = header["step"], header["images"], header["seconds"]
         log = self.folder / "log.csv"
         if log.exists():
-            lines = log.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if not line[0].isdigit() or int(line.split(",")[0]) <= self.step]
-            save_atomically(log, lambda part: part.write_text("".join(kept)))
+            head, *lines = log.read_text().splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n") and line.count(",") == head.count(",")]
+            kept = [line for line in whole if int(line.split(",")[0]) <= self.step]
+            save_atomically(log, lambda part: part.write_text(head + "".join(kept)))
 
     def save_samples(self, rgb):
-        """(B, 3, H, W) in [0, 1] -> samples/step_000500.png, and index.html brought up to date."""
+        """(B, 3, H, W) in [0, 1] -> samples/step_000500.png."""
         save_picture(make_grid(to_uint8(rgb)), self.folder / "samples" / f"step_{self.step:06d}.png")
-        self.write_page()
 
     def write_page(self):
         """index.html: the run at a glance in one file without scripts, so that it opens from disk in any browser."""

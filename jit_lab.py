@@ -53,7 +53,7 @@ class Config(common.TrainConfig):
     image_size: int = option(80, "side of the training pictures in pixels", low=8)
     space: str = option("lab", "colour space that the model works in", choices=("lab", "rgb"))
     color_fraction: float = option(0.1, "part of the pictures that keep their colour, 1 = all", low=0.0, high=1.0)
-    color_weight: float = option(3.0, "how much oftener a picture in colour is drawn", low=0.0)
+    color_weight: float = option(3.0, "how much oftener a picture in colour is drawn", low=0.01)
     full_image_prob: float = option(
         0.2, "how often the whole picture is taken without a look at --crop-sizes", low=0.0, high=1.0
     )
@@ -62,9 +62,9 @@ class Config(common.TrainConfig):
     )
     # Model (Part 4)
     patch_size: int = option(8, "side of a token's patch in pixels", low=1)
-    hidden_size: int = option(384, "width of a token", low=4)
-    depth: int = option(4, "number of blocks", low=1)
-    num_heads: int = option(6, "attention heads", low=1)
+    hidden_size: int = option(256, "width of a token", low=4)
+    depth: int = option(6, "number of blocks", low=1)
+    num_heads: int = option(4, "attention heads", low=1)
     bottleneck_dim: int = option(128, "waist of the patch embedding", low=1)
     num_classes: int = option(1, "class labels; the post has one, which makes the model unconditional", low=1)
     in_context_len: int = option(0, "class tokens in the sequence", low=0)
@@ -73,15 +73,15 @@ class Config(common.TrainConfig):
     predict: str = option("x", "what the network's output is: data, velocity or noise", choices=("x", "v", "eps"))
     loss: str = option("v", "what the error is measured in: velocity or data", choices=("v", "x"))
     time: str = option("logit-normal", "how training times are drawn", choices=("logit-normal", "uniform"))
-    time_mean: float = option(-0.8, "of the normal whose sigmoid is t; below 0 means mostly noise")
-    time_std: float = option(0.8, "its spread", low=0.0)
+    time_mean: float = option(-0.2, "of the normal whose sigmoid is t; below 0: mostly noise (JiT: -0.8)")
+    time_std: float = option(1.0, "its spread", low=0.0)
     noise_scale: float = option(1.0, "standard deviation of the noise; JiT takes 2 at 512 pixels", low=0.0)
     eps_train: float = option(0.05, "least 1 - t that a training velocity is divided by", low=1e-6, high=1.0)
     eps_sample: float = option(0.01, "least 1 - t that a sampling velocity is divided by", low=1e-6, high=1.0)
 
 
 PRESETS = {
-    "demo": dict(minutes=10.0, lr=2e-3),
+    "demo": dict(minutes=10.0),
     # The post's own: 1,280 epochs of 10,000 pictures at batch 256 are 50,000 steps. It trains in fp16, which is
     # --precision fp16 here; it is silent on the time law, EMA, betas and decay, which are JiT's here.
     "paper": dict(
@@ -91,6 +91,8 @@ PRESETS = {
         lr=3e-4,
         decay="none",
         ema=0.9999,
+        time_mean=-0.8,
+        time_std=0.8,
         patch_size=4,
         hidden_size=768,
         depth=12,
@@ -386,6 +388,9 @@ class JiT(nn.Module):
 
     def forward(self, x_t, t, y, top_idx=0, left_idx=0):
         p, (batch, channels, height, width) = self.patch_size, x_t.shape
+        if height % p or width % p or top_idx + height // p > self.grid or left_idx + width // p > self.grid:
+            at = f"{height} x {width} pixels at patch ({top_idx}, {left_idx})"
+            raise ValueError(f"{at} do not fit a grid of {self.grid} x {self.grid} patches of {p}")
         rows = torch.arange(top_idx, top_idx + height // p, device=x_t.device)
         columns = torch.arange(left_idx, left_idx + width // p, device=x_t.device)
         # The slice of the absolute embedding is what tells a crop where it lies. RoPE starts at the same place, but
@@ -449,11 +454,9 @@ def flow_loss(config, output, x_t, x, t, mask):
     weighs as much as its lightness does in any other.
     """
     t = t.view(-1, 1, 1, 1)
-    x_hat = predicted_data(config, output, x_t, t)
-    if config.loss == "v":
-        error = velocity(x_hat, x_t, t, config.eps_train) - velocity(x, x_t, t, config.eps_train)
-    else:
-        error = x_hat - x
+    error = predicted_data(config, output, x_t, t) - x
+    if config.loss == "v":  # (x_hat - x_t) / (1 - t) against (x - x_t) / (1 - t): x_t cancels
+        error = error / (1 - t).clamp(min=config.eps_train)
     return (error.square() * mask).mean(dim=(1, 2, 3))
 
 
@@ -527,10 +530,10 @@ def train(config):
             common.update_ema(ema, model, run.step, config.ema)
 
             pictures, checkpoint = run.due()
+            if pictures:
+                run.save_samples(sample(ema, config, SampleConfig(num=25, precision=precision)))
             if checkpoint:
                 run.save(model, ema, optimizer, scaler)
-            if pictures:
-                run.save_samples(sample(ema, config, range(25), precision=precision))
     return run.farewell()
 
 
@@ -538,49 +541,59 @@ def train(config):
 # Sampling (Part 6)
 
 
-@torch.no_grad()
-def sample(
-    model,
-    config,
-    seeds,
-    steps=50,
-    solver="euler",
-    batch_size=64,
-    clamp=False,
-    label=0,
-    cfg=1.0,
-    precision="fp32",
-    watch=None,
-):
-    """Draw pictures -> (len(seeds), 3, S, S) RGB in [0, 1], from noise at t = 0 to data at t = 1.
+@dataclasses.dataclass
+class SampleConfig:
+    """Options of the verb sample."""
 
-    Picture i depends on seeds[i] only. clamp keeps every x_hat in the range of the data. cfg: 1 = conditional,
-    0 = unconditional, above 1 = guided (Ho & Salimans 2022, eq. 6). watch(x, t) sees the states of the first batch.
+    weights: str = option("", "checkpoint (default: runs/jit_lab/model.safetensors, else weights/jit_lab.safetensors)")
+    num: int = option(16, "pictures", low=1)
+    steps: int = option(50, "steps from noise to picture", low=1)
+    solver: str = option("euler", "how a step is made", choices=tuple(common.SOLVERS))
+    seed: int = option(0, "picture i starts from the noise of seed + i", low=0)
+    batch_size: int = option(64, "pictures at a time", low=1)
+    clamp: bool = option(False, "keep x_hat within the range of the data at every step")
+    label: int = option(0, "class, for checkpoints that have several", low=0)
+    cfg: float = option(1.0, "guidance: 1 conditional, 0 unconditional, above 1 guided", low=0.0)
+    out: str = option("samples/jit_lab.png", "picture of all samples in a grid")
+    each: str = option("", "folder for single pictures")
+    gif: str = option("", "animation of the first pictures, from noise to data in 10 frames")
+    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    precision: str = option("auto", "of the matrix products", choices=("auto", "fp32", "bf16", "fp16"))
+
+
+@torch.no_grad()
+def sample(model, config, options, watch=None):
+    """Draw options.num pictures -> (num, 3, S, S) RGB in [0, 1], from noise at t = 0 to data at t = 1.
+
+    Picture i depends on the seed options.seed + i only. Guidance: 1 = conditional, 0 = unconditional, above 1 = guided
+    (Ho & Salimans 2022, eq. 6). watch(x, t) sees the states of the first batch.
     """
     device = next(model.parameters()).device
-    times = [i / steps for i in range(steps + 1)]
+    precision = common.pick_precision(options.precision, device)
+    times = [i / options.steps for i in range(options.steps + 1)]
     # The last step then lands exactly on x_hat, which is what the post returns, for any number of steps.
-    eps = min(config.eps_sample, 1 / steps)
+    eps = min(config.eps_sample, 1 / options.steps)
 
     def model_velocity(x_t, t, y):
         with autocast(device, precision):
             output = model(x_t, t, y)
         x_hat = predicted_data(config, output, x_t, t)
-        return velocity(x_hat.clamp(-1, 1) if clamp else x_hat, x_t, t, eps)
+        return velocity(x_hat.clamp(-1, 1) if options.clamp else x_hat, x_t, t, eps)
 
     def guided_velocity(x_t, t):
-        y = torch.full((len(x_t),), label, device=device)
-        if cfg == 1:
+        y = torch.full((len(x_t),), options.label, device=device)
+        if options.cfg == 1:
             return model_velocity(x_t, t, y)
         both = torch.cat((y, torch.full_like(y, config.num_classes)))
         with_label, without = model_velocity(torch.cat((x_t, x_t)), t, both).chunk(2)
-        return without + cfg * (with_label - without)
+        return without + options.cfg * (with_label - without)
 
-    pictures, seeds = [], list(seeds)
-    for start in range(0, len(seeds), batch_size):
-        shape = (3, config.image_size, config.image_size)
-        x = config.noise_scale * common.noise_for(seeds[start : start + batch_size], shape, device)
-        x = common.SOLVERS[solver](guided_velocity, x, times, None if start else watch)
+    pictures, last = [], options.seed + options.num
+    for first in range(options.seed, last, options.batch_size):
+        seeds = range(first, min(first + options.batch_size, last))
+        x = common.noise_for(seeds, (3, config.image_size, config.image_size), device)
+        solve = common.SOLVERS[options.solver]
+        x = solve(guided_velocity, config.noise_scale * x, times, watch if first == options.seed else None)
         pictures.append(to_rgb(config, x))
     return torch.cat(pictures)
 
@@ -614,17 +627,12 @@ def load_model(path, device):
     Raises UserError if the file is broken or of another model.
     """
     weights, header = common.load_tensors(path)
-    if (
-        "model_ema1" in weights
-    ):  # official JiT: {model, model_ema1, model_ema2, ...}; the first EMA is the one to sample
+    if "model_ema1" in weights:  # official JiT keeps two averages; this is the one that its author samples from
         weights = {name.removeprefix("net."): tensor for name, tensor in weights["model_ema1"].items()}
     if header and header.get("system") != "jit_lab":
         raise UserError(f"{path} is a checkpoint of {header.get('system')}; name one of jit_lab.py's with --weights")
     try:
-        values = header["config"] if header else None
-        config = (
-            Config(**values | {"crop_sizes": tuple(values["crop_sizes"])}) if values else config_of_weights(weights)
-        )
+        config = Config(**header["config"]) if header else config_of_weights(weights)
     except (KeyError, TypeError, ValueError, AttributeError) as problem:
         raise UserError(f"{path} is no JiT checkpoint (no usable {problem}); name another with --weights") from None
     model = build_model(config)
@@ -632,62 +640,32 @@ def load_model(path, device):
     return model.to(device).eval(), config
 
 
-@dataclasses.dataclass
-class SampleConfig:
-    """Options of the verb sample."""
-
-    weights: str = option("", "checkpoint (default: runs/jit_lab/model.safetensors, else weights/jit_lab.safetensors)")
-    num: int = option(16, "pictures", low=1)
-    steps: int = option(50, "steps from noise to picture", low=1)
-    solver: str = option("euler", "how a step is made", choices=tuple(common.SOLVERS))
-    seed: int = option(0, "picture i starts from the noise of seed + i", low=0)
-    batch_size: int = option(64, "pictures at a time", low=1)
-    clamp: bool = option(False, "keep x_hat within the range of the data at every step")
-    label: int = option(0, "class, for checkpoints that have several", low=0)
-    cfg: float = option(1.0, "guidance: 1 conditional, 0 unconditional, above 1 guided", low=0.0)
-    out: str = option("samples/jit_lab.png", "picture of all samples in a grid")
-    each: str = option("", "folder for single pictures")
-    gif: str = option("", "animation of the first pictures, from noise to data in 10 frames")
-    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    precision: str = option("auto", "of the matrix products", choices=("auto", "fp32", "bf16", "fp16"))
-
-
-def sample_for(options):
-    """Load the weights that `options` name and sample. Returns (RGB pictures, states of the first batch, Config)."""
-    device = common.pick_device(options.device)
-    model, config = load_model(common.find_weights(options.weights, "jit_lab"), device)
+def model_for(options):
+    """The model and Config that `options` ask for. Raises UserError."""
+    model, config = load_model(common.find_weights(options.weights, "jit_lab"), common.pick_device(options.device))
     if options.label >= config.num_classes:
         raise UserError(f"--label {options.label}: this checkpoint knows the labels 0 to {config.num_classes - 1}")
-    states = []
-    rgb = sample(
-        model,
-        config,
-        range(options.seed, options.seed + options.num),
-        options.steps,
-        options.solver,
-        options.batch_size,
-        options.clamp,
-        options.label,
-        options.cfg,
-        common.pick_precision(options.precision, device),
-        watch=lambda x, t: states.append(to_rgb(config, x)),
-    )
-    return rgb, states, config
+    return model, config
 
 
 def sample_command(options):
     """Write what sample() draws: a grid, and with --each and --gif single pictures and the way there."""
-    rgb, states, _ = sample_for(options)
-    pictures = common.to_uint8(rgb)
+    model, config = model_for(options)
+    frames = []
+
+    def keep(x, t):
+        # Part 6: ten frames from pure noise, t = 0, to the final picture, t = 1.
+        if options.gif and t >= len(frames) / 9 - 1e-6:
+            frames.append(common.make_grid(common.to_uint8(to_rgb(config, x[:16]))))
+
+    pictures = common.to_uint8(sample(model, config, options, keep))
     common.save_picture(common.make_grid(pictures), options.out)
     print(f"{len(pictures)} pictures in {options.out}")
     if options.each:
         for i, picture in enumerate(pictures):
             common.save_picture(Image.fromarray(picture), Path(options.each) / f"{options.seed + i:06d}.png")
     if options.gif:
-        # Part 6: ten frames from pure noise, t = 0, to the final picture, t = 1.
-        chosen = [states[round(i * (len(states) - 1) / 9)] for i in range(10)]
-        common.save_gif([common.make_grid(common.to_uint8(state[:16])) for state in chosen], options.gif)
+        common.save_gif(frames, options.gif)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -705,13 +683,19 @@ class Lpips(nn.Module):
     def __init__(self):
         super().__init__()
         # AlexNet's five convolutions under torchvision's names, up to the last ReLU: the classifier is not needed.
-        relu, pool = nn.ReLU, lambda: nn.MaxPool2d(3, 2)
         self.features = nn.Sequential(
-            *(nn.Conv2d(3, 64, 11, 4, 2), relu(), pool()),
-            *(nn.Conv2d(64, 192, 5, padding=2), relu(), pool()),
-            *(nn.Conv2d(192, 384, 3, padding=1), relu()),
-            *(nn.Conv2d(384, 256, 3, padding=1), relu()),
-            *(nn.Conv2d(256, 256, 3, padding=1), relu()),
+            nn.Conv2d(3, 64, 11, stride=4, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(3, 2),
+            nn.Conv2d(64, 192, 5, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(3, 2),
+            nn.Conv2d(192, 384, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(384, 256, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(256, 256, 3, padding=1),
+            nn.ReLU(),
         )
         # One weight per channel and layer: how much people notice it.
         self.heads = nn.ParameterList(torch.ones(width) for width in (64, 192, 384, 256, 256))
@@ -722,7 +706,7 @@ class Lpips(nn.Module):
         lpips, (trunk, _), (linear, _) = cls(), common.load_tensors(alexnet), common.load_tensors(heads)
         trunk = {name: tensor for name, tensor in trunk.items() if name.startswith("features.")}
         common.load_into(lpips.features, {name.removeprefix("features."): t for name, t in trunk.items()}, alexnet)
-        weights = {f"{k}": linear.get(f"lin{k}.model.1.weight", torch.empty(0)).flatten() for k in range(5)}
+        weights = {str(k): linear.get(f"lin{k}.model.1.weight", torch.empty(0)).flatten() for k in range(5)}
         common.load_into(lpips.heads, weights, heads)
         return lpips.eval()
 
@@ -792,9 +776,9 @@ def novelty_command(options):
     else:
         name, metric = "multi-scale pixel distance", MultiscalePixels()
         print(f"no weights for LPIPS (--alexnet, --lpips): measuring {name}, to which the post's scale does not apply")
-    rgb, _, config = sample_for(options)
-    rgb, source = rgb.cpu(), options.data or config.data
-    pictures, names, _ = common.load_pictures(source, config.image_size)
+    model, config = model_for(options)
+    pictures, names, _ = common.load_pictures(options.data or config.data, config.image_size)
+    rgb = sample(model, config, options).cpu()
     distances, index = nearest(metric, rgb, pictures)
     # How near are training pictures to each other? A sample that copies lies far below this.
     usual = nearest(metric, pictures[:200] / 255, pictures, skip_self=True)[0].median().item()
@@ -835,7 +819,12 @@ def labelled_pairs(pictures, distances, columns=4):
 VERBS = {
     "train": (train, Config, PRESETS, "train, e.g. python jit_lab.py train --minutes 3"),
     "sample": (sample_command, SampleConfig, None, "draw pictures, e.g. python jit_lab.py sample --num 16"),
-    "novelty": (novelty_command, NoveltyConfig, None, "find the nearest training picture of each sample"),
+    "novelty": (
+        novelty_command,
+        NoveltyConfig,
+        None,
+        "pair samples with training pictures, e.g. novelty --num 8",
+    ),
 }
 
 

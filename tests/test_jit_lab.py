@@ -19,6 +19,13 @@ import jit_lab
 from common import UserError
 from jit_lab import Config, Dataset, JiT
 
+
+def sample(model, config, seeds, watch=None, **options):
+    """jit_lab.sample for these consecutive seeds, in float32."""
+    options = jit_lab.SampleConfig(num=len(seeds), seed=seeds[0], precision="fp32", **options)
+    return jit_lab.sample(model, config, options, watch)
+
+
 # ---- model ----
 
 
@@ -100,7 +107,7 @@ def test_the_posts_quick_inference_runs_as_printed_and_agrees_with_sample(tmp_pa
     model, config = jit_lab.load_model(tmp_path / "waifu_diffusion_1280_bs256.safetensors", "cpu")
     assert config.space == "lab"
     # 5 of the 50 steps suffice to see that both walk the same way; the post's own walk is too slow to do it twice.
-    ours = jit_lab.sample(model, config, [3], steps=5)
+    ours = sample(model, config, [3], steps=5)
     x = noise
     for step in range(5):
         x_hat = model(x, torch.tensor(step / 5), torch.zeros(1, dtype=torch.long))
@@ -148,10 +155,11 @@ def test_eval_builds_no_graph_and_train_does(tiny_config):
     assert model.eval()(x.requires_grad_(), 0.5, y).requires_grad
 
 
-def test_picture_that_does_not_fit_the_grid_is_refused(tiny_config):
+@pytest.mark.parametrize("side, top, left", [(16, 1, 0), (16, 0, 1), (10, 0, 0), (20, 0, 0)])
+def test_picture_that_does_not_fit_the_grid_is_refused(tiny_config, side, top, left):
     model = jit_lab.build_model(tiny_config())
-    with pytest.raises((IndexError, ValueError)):
-        model(torch.randn(1, 3, 16, 16), 0.5, torch.zeros(1, dtype=torch.long), top_idx=1)
+    with pytest.raises(ValueError, match="do not fit a grid of 4 x 4 patches of 4"):
+        model(torch.randn(1, 3, side, side), 0.5, torch.zeros(1, dtype=torch.long), top, left)
 
 
 # ---- colour ----
@@ -295,7 +303,7 @@ def test_exact_velocity_of_a_point_leads_to_the_point(tiny_config, predict, solv
     config = tiny_config(predict=predict)
     data = jit_lab.rgb_to_lab(torch.rand(1, 3, 16, 16))
     model = exact_model(config, lambda x_t, t, y: data.expand_as(x_t))
-    drawn = jit_lab.sample(model, config, [0, 1], steps=steps, solver=solver)
+    drawn = sample(model, config, [0, 1], steps=steps, solver=solver)
     assert (drawn - jit_lab.lab_to_rgb(data)).abs().max() < 2e-3
 
 
@@ -307,7 +315,7 @@ def test_exact_velocity_of_a_gaussian_integrates_to_the_gaussian(tiny_config):
     def x_hat(x, t, y):
         return mean + std**2 * t * (x - t * mean) / ((1 - t) ** 2 + std**2 * t**2)
 
-    drawn = jit_lab.sample(exact_model(config, x_hat), config, range(64), steps=100, solver="heun") * 2 - 1
+    drawn = sample(exact_model(config, x_hat), config, range(64), steps=100, solver="heun") * 2 - 1
     assert abs(drawn.mean().item() - mean) < 0.01 and abs(drawn.std().item() - std) < 0.01
 
 
@@ -316,7 +324,7 @@ def test_trajectory_starts_at_the_noise_of_the_seed_and_ends_at_the_data(tiny_co
     data = torch.full((1, 3, 16, 16), 0.1)
     seen = []
     model = exact_model(config, lambda x_t, t, y: data.expand_as(x_t))
-    jit_lab.sample(model, config, [7], steps=10, watch=lambda x, t: seen.append((t, x)))
+    sample(model, config, [7], lambda x, t: seen.append((t, x)), steps=10)
     assert [round(t, 6) for t, _ in seen] == [i / 10 for i in range(11)]
     noise = common.noise_for([7], (3, 16, 16), "cpu")
     for t, x in seen:
@@ -346,8 +354,8 @@ def test_velocity_loss_is_the_text_of_the_post_and_data_loss_its_code(tiny_confi
 
 
 def test_training_times_follow_their_law(tiny_config):
-    normal = torch.logit(jit_lab.draw_times(tiny_config(), 20_000, common.generator(0)))
-    assert abs(normal.mean() + 0.8) < 0.02 and abs(normal.std() - 0.8) < 0.02
+    normal = torch.logit(jit_lab.draw_times(tiny_config(time_mean=-0.8, time_std=0.6), 20_000, common.generator(0)))
+    assert abs(normal.mean() + 0.8) < 0.02 and abs(normal.std() - 0.6) < 0.02
     flat = jit_lab.draw_times(tiny_config(time="uniform"), 20_000, common.generator(0))
     assert (torch.histc(flat, 10, 0, 1) / 2000 - 1).abs().max() < 0.1
 
@@ -357,7 +365,7 @@ def test_guidance_one_is_conditional_zero_is_not_and_more_leads_further(tiny_con
     model = exact_model(config, lambda x_t, t, y: torch.tensor([0.1, 0.3, 0.2])[y].view(-1, 1, 1, 1).expand_as(x_t))
 
     def drawn(cfg, label=1):
-        return (jit_lab.sample(model, config, [0], steps=4, cfg=cfg, label=label) * 2 - 1).mean().item()
+        return (sample(model, config, [0], steps=4, cfg=cfg, label=label) * 2 - 1).mean().item()
 
     assert drawn(1) == pytest.approx(0.3, abs=1e-5)  # the label's own
     assert drawn(0) == pytest.approx(0.2, abs=1e-5)  # row 2, the null label
@@ -368,8 +376,8 @@ def test_guidance_one_is_conditional_zero_is_not_and_more_leads_further(tiny_con
 def test_picture_depends_on_its_seed_alone(tiny_config, awake_model):
     config = tiny_config()
     model = awake_model(config)
-    together = jit_lab.sample(model, config, range(10, 15), steps=3, batch_size=5)
-    apart = jit_lab.sample(model, config, range(12, 15), steps=3, batch_size=2)
+    together = sample(model, config, range(10, 15), steps=3, batch_size=5)
+    apart = sample(model, config, range(12, 15), steps=3, batch_size=2)
     assert torch.allclose(together[2:], apart, atol=1e-5)
     assert not torch.allclose(together[0], together[1], atol=1e-2)
 
@@ -378,7 +386,7 @@ def test_clamp_keeps_x_hat_in_range(tiny_config):
     config = tiny_config(space="rgb")
     model = exact_model(config, lambda x_t, t, y: torch.full_like(x_t, 3.0))
     seen = []
-    jit_lab.sample(model, config, [0], steps=2, clamp=True, watch=lambda x, t: seen.append(x))
+    sample(model, config, [0], lambda x, t: seen.append(x), steps=2, clamp=True)
     assert (seen[-1] == 1).all()
 
 

@@ -29,7 +29,8 @@ def train(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(out, **changes):
-        values = dict(TINY, data=str(folder), out=str(out), batch_size=8, minutes=None, device="cpu", precision="fp32")
+        values = dict(TINY, data=str(folder), out=str(out), batch_size=8, lr=1e-3)
+        values |= dict(minutes=None, device="cpu", precision="fp32")
         return jit_lab.train(jit_lab.Config(**(values | changes)))
 
     return run
@@ -77,7 +78,7 @@ def test_interrupted_run_resumes_to_the_same_bits(train, tmp_path, monkeypatch, 
 def test_killed_run_resumes_to_the_same_bits(train, folder, tmp_path):
     train(tmp_path / "whole", steps=60, checkpoint_every=3)
     flags = [*TINY_FLAGS, "--data", folder, "--batch-size", 8, "--steps", 60, "--checkpoint-every", 3]
-    flags += ["--out", tmp_path / "killed", "--device", "cpu", "--precision", "fp32", "--lr", 0.001]
+    flags += ["--out", tmp_path / "killed", "--device", "cpu", "--precision", "fp32", "--lr", 1e-3]
     words = [sys.executable, str(ROOT / "jit_lab.py"), "train", *map(str, flags)]
     process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     state = tmp_path / "killed" / "state.safetensors"
@@ -108,7 +109,7 @@ def test_run_folder_holds_what_the_readme_says(train, tmp_path):
     bins = [float(rows[1][f"loss_bin_{k}"]) for k in range(8) if rows[1][f"loss_bin_{k}"]]
     assert len(bins) > 3 and float(rows[1]["lr"]) < float(rows[0]["lr"])
     config = jit_lab.load_model(run / "model.safetensors", "cpu")[1]
-    assert config.steps == 20 and config.crop_sizes == (0.5, 0.8, 1.0)
+    assert config.steps == 20 and list(config.crop_sizes) == [0.5, 0.8, 1.0]
 
 
 def test_page_is_self_contained(train, tmp_path):
@@ -130,7 +131,9 @@ def test_page_is_self_contained(train, tmp_path):
 def test_samples_while_training_come_from_fixed_noise_and_the_ema(train, tmp_path):
     train(tmp_path / "run", steps=10)
     model, config = jit_lab.load_model(tmp_path / "run" / "model.safetensors", "cpu")
-    again = common.make_grid(common.to_uint8(jit_lab.sample(model, config, range(25))))
+    again = common.make_grid(
+        common.to_uint8(jit_lab.sample(model, config, jit_lab.SampleConfig(num=25, precision="fp32")))
+    )
     assert again.tobytes() == Image.open(tmp_path / "run" / "samples" / "step_000010.png").tobytes()
 
 

@@ -325,7 +325,7 @@ def pick_precision(name, device):
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if device.type == "cpu":
-        native = torch.cpu.get_capabilities()
+        native = getattr(torch.cpu, "get_capabilities", dict)()  # a torch too old to say gets fp32
         return "bf16" if native.get("avx512_bf16") or native.get("amx_bf16") else "fp32"
     return "fp32"
 
@@ -797,7 +797,7 @@ PAGE = """<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
 <style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-figure {{ display: inline-block; margin: 0 1rem 1rem 0 }} figcaption {{ color: #666 }} img {{ max-width: 100% }}
+figure {{ display: inline-block; margin: 0 .5rem 1rem 0 }} figcaption {{ color: #666 }} img {{ width: 10.5rem }}
 table {{ border-collapse: collapse }} td {{ padding: 0 1rem 0 0; border-bottom: 1px solid #ddd }}
 code {{ background: #f3f3f3; padding: .2rem .4rem }}
 </style>

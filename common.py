@@ -604,6 +604,8 @@ class Run:
         self.step, self.images, self.seconds_before = 0, 0, 0.0
         self.done, self.interrupted = False, False
         self.window = []  # (costs, times, loss, gradient norm, lr) of each step since the last line of the log
+        if not config.minutes and not config.steps:
+            raise UserError("a run needs an end: give --minutes or --steps")
         if config.resume:
             if not self.state_path.exists():
                 raise UserError(f"nothing to resume in {self.folder}; leave --resume out to start a run there")
@@ -662,7 +664,8 @@ class Run:
             self.interrupted = True
 
         before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-        total, passed = self.config.steps or 60 * self.config.minutes, self.step or self.seconds_before
+        total = self.config.steps or 60 * self.config.minutes
+        passed = self.step if self.config.steps else self.seconds_before
         self.bar = tqdm(total=total, initial=min(total, passed), bar_format=PROGRESS_BAR)
         try:
             yield self

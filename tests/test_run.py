@@ -152,6 +152,8 @@ def test_what_cannot_go_on_is_refused(train, tmp_path, monkeypatch):
         train(tmp_path / "other", steps=4, resume=True)
     with pytest.raises(UserError, match="was made with --lr"):
         train(tmp_path / "run", steps=4, resume=True, lr=0.5)
+    with pytest.raises(UserError, match="give --minutes or --steps"):
+        train(tmp_path / "new")
     with pytest.raises(UserError, match="does not divide --image-size"):
         train(tmp_path / "new", steps=4, patch_size=5)
     with pytest.raises(UserError, match="--grad-accum 3 does not divide"):
@@ -252,3 +254,13 @@ def test_readme_names_only_what_exists():
         assert hasattr(jit_lab, function), function
     for function in re.findall(r"`common\.([A-Za-z_]+)`", readme):
         assert hasattr(common, function), function
+
+
+def test_shipped_weights_are_small_and_load():
+    path = ROOT / "weights" / "jit_lab.safetensors"
+    assert path.stat().st_size < 20e6
+    model, config = jit_lab.load_model(path, "cpu")
+    rgb = jit_lab.sample(model, config, jit_lab.SampleConfig(num=4, steps=10))
+    # A trained model draws pictures that differ, and that are neither flat nor noise.
+    assert rgb.std(dim=(1, 2, 3)).min() > 0.1 and (rgb[0] - rgb[1]).abs().mean() > 0.05
+    assert (rgb[..., 1:] - rgb[..., :-1]).abs().mean() < 0.1

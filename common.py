@@ -218,7 +218,7 @@ def check_config(config):
     """Raise UserError for a value out of its range, naming the option."""
     for field in dataclasses.fields(config):
         value, limits = getattr(config, field.name), field.metadata
-        values = value if isinstance(value, tuple) else (value,)
+        values = value if isinstance(value, tuple | list) else (value,)
         for v in values:
             flag = "--" + field.name.replace("_", "-")
             if limits["choices"] and v not in limits["choices"]:
@@ -289,6 +289,9 @@ def run_command_line(doc, verbs, argv=None):
         return function(make_config(config_class, given, presets)) or 0
     except (UserError, OSError) as problem:  # an OSError that nobody foresaw, such as a disk that fills up meanwhile
         print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except (torch.OutOfMemoryError, MemoryError):
+        print("error: out of memory; lower --batch-size, or raise --grad-accum", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -380,9 +383,11 @@ def worth_compiling(config, device):
         return config.compile
     if device.type == "mps" or (device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++", "cl")))):
         return False
+    if (config.minutes or 5) < 5 or (config.steps or 1000) < 1000:
+        return False
     # Nobody asked for it, so a compiler that is there but does not work is no reason to stop.
     torch._dynamo.config.suppress_errors = True
-    return (config.minutes or 5) >= 5 and (config.steps or 1000) >= 1000
+    return True
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -421,7 +426,10 @@ def load_tensors(path):
         if path.suffix in (".pt", ".pth", ".ckpt", ".bin"):
             # JiT's published checkpoints carry their argparse.Namespace along: plain data, but it must be allowed.
             with torch.serialization.safe_globals([argparse.Namespace]):
-                return torch.load(path, map_location="cpu", weights_only=True), None
+                content = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(content, dict):
+                raise ValueError("no table of tensors")
+            return content, None
         with safe_open(path, "pt") as file:
             header = (file.metadata() or {}).get("config")
         return load_file(path), json.loads(header) if header else None
@@ -474,7 +482,8 @@ def unpack_state(tensors, path, model, ema, optimizer, scaler):
         index, slot = key.split(".")
         slots.setdefault(int(index), {})[slot] = tensor
     optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
-    scaler.load_state_dict({k: type(v)(parts["scaler"][k].item()) for k, v in scaler.state_dict().items()})
+    if parts["scaler"]:  # a run without fp16 has none
+        scaler.load_state_dict({k: type(v)(parts["scaler"][k].item()) for k, v in scaler.state_dict().items()})
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -566,8 +575,8 @@ def make_grid(pictures, columns=None):
 def save_picture(picture, path, **options):
     """Write a PIL picture; the format is the path's. Raises UserError where that cannot be."""
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
-    if kind is None:
-        raise UserError(f"{path}: name a picture file, such as .png")
+    if kind not in (Image.SAVE_ALL if options.get("save_all") else Image.SAVE):
+        raise UserError(f"{path}: name a picture file that can be written, .png, or .gif for an animation")
     save_atomically(path, lambda part: picture.save(part, format=kind, **options))
 
 
@@ -608,8 +617,10 @@ class Run:
             raise UserError("a run needs an end: give --minutes or --steps")
         if config.resume:
             if not self.state_path.exists():
-                raise UserError(f"nothing to resume in {self.folder}; leave --resume out to start a run there")
+                raise UserError(f"nothing to resume in {self.folder}: no checkpoint; start a run without --resume")
         elif self.folder.exists() and any(self.folder.iterdir()):
+            if not self.state_path.exists():
+                raise UserError(f"{self.folder} holds files but no checkpoint; empty it, or name another --out")
             raise UserError(f"{self.folder} is not empty; add --resume to go on with it, or name another --out")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -691,8 +702,9 @@ class Run:
 
         Here alone it is decided that a run is done, so that none ends, not even by Ctrl-C, without a last checkpoint.
         """
-        self.done = self.progress >= 1 or self.interrupted
-        marks = sum(self.progress >= mark for mark in MARKS)
+        progress = self.progress
+        self.done = progress >= 1 or self.interrupted
+        marks = sum(progress >= mark for mark in MARKS)
         pictures, self.marks_passed = marks > self.marks_passed, marks
         if self.done and self.window:
             self.write_line()
@@ -700,16 +712,17 @@ class Run:
 
     # -- what is written --
 
-    def record(self, costs, times, grad_norm, lr):
+    def record(self, costs, times, grad_norm, lr, gradient_is_finite):
         """Count one optimizer step of learning rate lr; every LOG_EVERY steps it goes into log.csv.
 
-        costs (B,): what each picture cost; times (B,) in [0, 1]. Raises UserError on a loss that is not finite, before
-        anything of that step can be saved.
+        costs (B,): what each picture cost; times (B,) in [0, 1]. Raises UserError on a loss or a gradient that is not
+        finite, before anything of that step can be saved.
         """
         loss = costs.mean().item()
-        if not math.isfinite(loss):
+        if not (math.isfinite(loss) and gradient_is_finite):
             good = f"the last good checkpoint is {self.state_path}" if self.state_path.exists() else "nothing was saved"
-            raise UserError(f"loss is {loss} at step {self.step + 1}; {good}; try a lower --lr or --precision fp32")
+            what = f"loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
+            raise UserError(f"{what} at step {self.step + 1}; {good}; try a lower --lr or --precision fp32")
         self.step += 1
         self.images += len(costs)
         self.window.append((costs.float().cpu(), times.cpu(), loss, float(grad_norm), lr))
@@ -755,7 +768,10 @@ class Run:
         unpack_state(tensors, self.state_path, model, ema, optimizer, scaler)
         self.step, self.images, self.seconds_before = header["step"], header["images"], header["seconds"]
         log = self.folder / "log.csv"
-        if log.exists():
+        for path in (self.folder / "samples").glob("step_*.png"):  # of steps that are about to be made again
+            if path.stem[5:].isdigit() and int(path.stem[5:]) > self.step:
+                path.unlink()
+        if log.exists() and log.stat().st_size:
             head, *lines = log.read_text().splitlines(keepends=True)
             whole = [line for line in lines if line.endswith("\n") and line.count(",") == head.count(",")]
             kept = [line for line in whole if int(line.split(",")[0]) <= self.step]
@@ -776,7 +792,7 @@ class Run:
         edges = [f"{k / NOISE_BINS:.3f}" for k in range(NOISE_BINS + 1)]
         noise = {f"t {edges[k]} to {edges[k + 1]}": series(f"loss_bin_{k}") for k in range(NOISE_BINS)}
         strip = ""
-        for path in sorted((self.folder / "samples").glob("step_*.png")):
+        for path in sorted((self.folder / "samples").glob("step_[0-9]*.png")):
             data = base64.b64encode(path.read_bytes()).decode()
             strip += f'<figure><img src="data:image/png;base64,{data}" alt="samples">'
             strip += f"<figcaption>step {int(path.stem[5:]):,}</figcaption></figure>"
@@ -1157,7 +1173,8 @@ def draw_faces(count, size):
                 return faces
     # Pillow's drawing holds Python's lock, so this takes processes; forking spares each its own import of torch.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with concurrent.futures.ProcessPoolExecutor(mp_context=context) as pool:
+    ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to hear
+    with concurrent.futures.ProcessPoolExecutor(None, context, signal.signal, ignore) as pool:
         drawn = pool.map(draw_face, range(count), itertools.repeat(size), chunksize=100)
         faces = collect(tqdm(drawn, "drawing", count, unit=" faces", leave=False))
     with contextlib.suppress(UserError):  # no place to keep them: they are drawn again the next time

@@ -358,7 +358,6 @@ class JiT(nn.Module):
         self.grid = input_size // patch_size
         self.head_dim = hidden_size // num_heads
         self.in_context_start = in_context_start
-        self.num_classes = num_classes
         # Frozen, but part of the published checkpoints, hence a parameter and not a buffer.
         self.pos_embed = nn.Parameter(sincos_2d(self.grid, hidden_size), requires_grad=False)
         self.in_context_posemb = nn.Parameter(torch.empty(1, in_context_len, hidden_size)) if in_context_len else None
@@ -527,7 +526,9 @@ def train(config):
 
             scaler.unscale_(optimizer)
             grad_norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
-            run.record(torch.cat(costs), torch.cat(times), grad_norm, lr)
+            # A GradScaler skips steps that overflow; without one they must not be made.
+            finite = scaler.is_enabled() or bool(grad_norm.isfinite())
+            run.record(torch.cat(costs), torch.cat(times), grad_norm, lr, finite)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -637,7 +638,8 @@ def load_model(path, device):
         raise UserError(f"{path} is a checkpoint of {header.get('system')}; name one of jit_lab.py's with --weights")
     try:
         config = Config(**header["config"]) if header else config_of_weights(weights)
-    except (KeyError, TypeError, ValueError, AttributeError) as problem:
+        common.check_config(config)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as problem:
         raise UserError(f"{path} is no JiT checkpoint (no usable {problem}); name another with --weights") from None
     model = build_model(config)
     common.load_into(model, weights, path)
@@ -781,6 +783,12 @@ def novelty_command(options):
         name, metric = "multi-scale pixel distance", MultiscalePixels()
         print(f"no weights for LPIPS (--alexnet, --lpips): measuring {name}, to which the post's scale does not apply")
     model, config = model_for(options)
+    if not options.data and config.data != "drawn" and not Path(config.data).is_dir():
+        raise UserError(
+            f"this checkpoint was trained on {config.data}, which is not here; name its pictures with --data"
+        )
+    if options.alexnet and config.image_size < 31:
+        raise UserError(f"LPIPS needs pictures of 31 pixels or more, these have {config.image_size}")
     pictures, names, _ = common.load_pictures(options.data or config.data, config.image_size)
     rgb = sample(model, config, options).cpu()
     distances, index = nearest(metric, rgb, pictures)

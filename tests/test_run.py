@@ -174,6 +174,55 @@ def test_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(train, 
     assert all(t.isfinite().all() for t in load_file(tmp_path / "run" / "state.safetensors").values())
 
 
+def test_gradient_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(train, tmp_path, monkeypatch):
+    def poison(*arguments, honest=torch.nn.utils.clip_grad_norm_):
+        poison.calls += 1
+        if poison.calls == 4:
+            arguments[0][0].grad.fill_(float("inf"))
+        return honest(*arguments)
+
+    poison.calls = 0
+    monkeypatch.setattr(jit_lab.nn.utils, "clip_grad_norm_", poison)
+    with pytest.raises(UserError, match="the gradient is not finite at step 4; the last good checkpoint"):
+        train(tmp_path / "run", steps=10, checkpoint_every=1)
+    assert all(t.isfinite().all() for t in load_file(tmp_path / "run" / "state.safetensors").values())
+
+
+def test_average_follows_the_weights(train, tmp_path):
+    train(tmp_path / "run", steps=60, decay="none")
+    state = load_file(tmp_path / "run" / "state.safetensors")
+    torch.manual_seed(0)
+    fresh = jit_lab.build_model(jit_lab.Config(**TINY)).state_dict()
+    to_weights = sum((state[f"ema.{k}"] - state[f"model.{k}"]).norm() for k in fresh)
+    to_start = sum((state[f"ema.{k}"] - fresh[k]).norm() for k in fresh)
+    assert 0 < to_weights < 0.5 * to_start
+
+
+def test_training_walks_from_noise_to_data_and_tells_each_crop_its_place(train, tmp_path, monkeypatch):
+    seen, places = [], []
+
+    def loss(config, output, x_t, x, t, mask, honest=jit_lab.flow_loss):
+        t4 = t.view(-1, 1, 1, 1)
+        seen.append(((x_t - t4 * x) / (1 - t4)).std().item())
+        return honest(config, output, x_t, x, t, mask)
+
+    def batch(*arguments, honest=jit_lab.draw_batch):
+        drawn = honest(*arguments)
+        places.append(drawn[2:])
+        return drawn
+
+    def forward(self, x_t, t, y, top_idx=0, left_idx=0, honest=jit_lab.JiT.forward):
+        if self.training:
+            assert (top_idx, left_idx) == places[-1]
+        return honest(self, x_t, t, y, top_idx, left_idx)
+
+    monkeypatch.setattr(jit_lab, "flow_loss", loss)
+    monkeypatch.setattr(jit_lab, "draw_batch", batch)
+    monkeypatch.setattr(jit_lab.JiT, "forward", forward)
+    train(tmp_path / "run", steps=30, noise_scale=2.0)
+    assert all(abs(std - 2) < 0.2 for std in seen) and any(top != left for top, left in places)
+
+
 def test_full_disk_spares_the_last_checkpoint(folder, command, tmp_path):
     flags = ["train", *TINY_FLAGS, "--data", folder, "--batch-size", 8, "--device", "cpu", "--out", "run"]
     assert command(*flags, "--steps", 4)[0] == 0

@@ -15,6 +15,7 @@ import contextlib
 import csv
 import ctypes
 import dataclasses
+import functools
 import html
 import itertools
 import json
@@ -173,7 +174,23 @@ def flow_heun(velocity, x, times, watch=None):
     return x
 
 
-SOLVERS = {"euler": flow_euler, "heun": flow_heun}
+def flow_adams(velocity, x, times, watch=None):
+    """As flow_euler, with the second-order steps of Adams and Bashforth: the velocity at the middle of a step is read
+    off the straight line through the last two. One call of velocity per step, like Euler; the first step is Euler's."""
+    v_before, width_before = None, None
+    for t, t_next in itertools.pairwise(times):
+        if watch:
+            watch(x, t)
+        v, width = velocity(x, t), t_next - t
+        slope = 0 if v_before is None else (v - v_before) / width_before
+        x = x + width * (v + width / 2 * slope)
+        v_before, width_before = v, width
+    if watch:
+        watch(x, times[-1])
+    return x
+
+
+SOLVERS = {"euler": flow_euler, "heun": flow_heun, "adams": flow_adams}
 
 # ----------------------------------------------------------------------------------------------------------------
 # Errors and options
@@ -183,9 +200,10 @@ class UserError(Exception):
     """A user's mistake: what is wrong and what to do, in one line. The command line prints it and exits with 2."""
 
 
-def option(default, help, choices=None, low=None, high=None):
-    """A dataclass field that is also a command line option: its reason, and the values it may take."""
-    limits = {"help": help, "choices": choices, "low": low, "high": high}
+def option(default, help, choices=None, low=None, high=None, positional=False):
+    """A dataclass field that is also a command line option: its reason, and the values it may take. A positional one
+    takes the words that follow the verb."""
+    limits = {"help": help, "choices": choices, "low": low, "high": high, "positional": positional}
     return dataclasses.field(default=default, metadata=limits)
 
 
@@ -200,13 +218,13 @@ class TrainConfig:
     batch_size: int = option(32, "pictures per optimizer step, accumulation included", low=1)
     grad_accum: int = option(1, "passes that one optimizer step is divided into", low=1)
     lr: float = option(3e-3, "peak learning rate", low=0.0)
-    warmup: float = option(0.05, "part of the budget over which the learning rate rises", low=0.0, high=1.0)
+    warmup: float = option(0.05, "rise of the learning rate: part of the budget, or, from 1 on, steps", low=0.0)
     decay: str = option("cosine", "after the warm-up: fall to zero along a cosine, or stay", choices=("cosine", "none"))
     beta2: float = option(0.95, "AdamW's memory for squared gradients", low=0.0, high=0.9999)
     weight_decay: float = option(0.0, "AdamW's pull towards zero", low=0.0)
-    grad_clip: float = option(1.0, "longest gradient that is not shortened", low=0.0)
+    grad_clip: float = option(1.0, "longest gradient that is not shortened", low=1e-9)
     ema: float = option(0.999, "longest memory of the averaged weights that are sampled from", low=0.0, high=0.999999)
-    seed: int = option(0, "of weights, data order, noise and crops", low=0)
+    seed: int = option(0, "of weights, data order, noise and crops", low=0, high=2**63)
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = option("auto", "of the matrix products", choices=("auto", "fp32", "bf16", "fp16"))
     compile: bool | None = option(None, "fuse the blocks with torch.compile (default: where it pays within the budget)")
@@ -251,16 +269,19 @@ def add_options(parser, config_class):
             extra |= {"type": kind, "metavar": "|".join(field.metadata["choices"] or [kind.__name__.upper()])}
         shown = "" if field.default in (None, "", False) else f" [{field.default}]"
         help = (field.metadata["help"] + shown).replace("%", "%%")
-        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=help, **extra)
+        name = "--" + field.name.replace("_", "-")
+        if field.metadata["positional"]:
+            name, extra = field.name, {"nargs": "*"}
+        parser.add_argument(name, default=argparse.SUPPRESS, help=help, **extra)
 
 
 def make_config(config_class, given, presets=None):
-    """Config from a preset's values and, over them, the given ones. Of the two budgets, one given lifts the other."""
+    """Config from a preset's values and, over them, the given ones. A budget that is given lifts the preset's."""
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     preset = dict((presets or {}).get(given.pop("preset", "demo"), {}))
-    for mine, other in (("steps", "minutes"), ("minutes", "steps")):
-        if mine in given and other not in given:
-            preset.pop(other, None)
+    budgets = {"minutes", "steps", "epochs"}
+    if budgets & given.keys():
+        preset = {k: v for k, v in preset.items() if k not in budgets}
     config = config_class(**(preset | given))
     check_config(config)
     return config
@@ -346,7 +367,7 @@ def generator(*key, device="cpu"):
     Every draw of a training step comes from generator(seed, step, ...): the step number is then the whole random
     state, and a resumed run sees the crops, the noise and the order of pictures that it would have seen.
     """
-    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    state = np.random.SeedSequence(key[0], spawn_key=key[1:]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state))
 
 
@@ -359,13 +380,46 @@ def noise_for(seeds, shape, device):
 # Optimisation
 
 
-def lr_factor(progress, warmup, decay):
-    """Factor of the peak learning rate at `progress` (0..1) of the budget: a straight rise, then a cosine to zero."""
-    if progress < warmup:
-        return progress / warmup
+def lr_factor(progress, step, warmup, decay):
+    """Factor of the peak learning rate at `progress` (0..1) of the budget: a straight rise, then a cosine to zero.
+
+    warmup: the rise's part of the budget, or, from 1 on, its optimizer steps (`step` of them are done).
+    """
+    rise = (step + 1) / warmup if warmup >= 1 else progress / warmup if warmup else 1.0
+    if rise < 1:
+        return rise
     if decay == "none":
         return 1.0
-    return 0.5 + 0.5 * math.cos(math.pi * (progress - warmup) / max(1 - warmup, 1e-9))
+    start = warmup if warmup < 1 else 0.0
+    return 0.5 + 0.5 * math.cos(math.pi * (progress - start) / (1 - start))
+
+
+def make_optimizer(config, model, device):
+    """AdamW over what is to be trained, and the scaler that fp16 needs."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    betas, fused = (0.9, config.beta2), device.type != "mps"
+    optimizer = torch.optim.AdamW(parameters, config.lr, betas, weight_decay=config.weight_decay, fused=fused)
+    scaler = torch.amp.GradScaler(device.type, enabled=pick_precision(config.precision, device) == "fp16")
+    return optimizer, scaler
+
+
+def optimizer_step(config, run, model, ema, optimizer, scaler, costs, times):
+    """One step from the gradients that have been gathered: clip, check, step, average.
+
+    costs (B,): what each picture cost; times (B,) in [0, 1]. Raises UserError on a loss or gradient that is not finite,
+    with weights and checkpoint as they were.
+    """
+    lr = config.lr * lr_factor(run.progress, run.step, config.warmup, config.decay)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    scaler.unscale_(optimizer)
+    grad_norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.grad_clip)
+    # A GradScaler skips steps that overflow; without one they must not be made.
+    run.record(costs, times, grad_norm, lr, scaler.is_enabled() or bool(grad_norm.isfinite()))
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    update_ema(ema, model, run.step, config.ema)
 
 
 @torch.no_grad()
@@ -379,9 +433,12 @@ def update_ema(ema, model, step, longest):
 def worth_compiling(config, device):
     """--compile or --no-compile if given; else only where what it gains (a third, on two CPU cores) pays within the
     budget for what it costs (half a minute), and where there is a C++ compiler to do it."""
+    has_compiler = any(map(shutil.which, ("c++", "g++", "clang++", "cl")))
+    if config.compile and device.type == "cpu" and not has_compiler:
+        raise UserError("--compile needs a C++ compiler, such as g++; install one, or leave --compile out")
     if config.compile is not None:
         return config.compile
-    if device.type == "mps" or (device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++", "cl")))):
+    if device.type == "mps" or (device.type == "cpu" and not has_compiler):
         return False
     if (config.minutes or 5) < 5 or (config.steps or 1000) < 1000:
         return False
@@ -446,6 +503,27 @@ def find_weights(given, system):
     return own if own.exists() else Path(__file__).parent / "weights" / f"{system}.safetensors"
 
 
+@dataclasses.dataclass
+class ExportConfig:
+    """Options of the verb export."""
+
+    weights: str = option("", "checkpoint (default: the newest run's)")
+    out: str = option("", "safetensors file to write, e.g. weights/NAME.safetensors")
+
+
+def export(system):
+    """The verb export of a system: a checkpoint in bfloat16, half as large."""
+
+    def command(options):
+        if not options.out:
+            raise UserError("name the file to write with --out")
+        tensors, header = load_tensors(find_weights(options.weights, system))
+        save_tensors(options.out, {name: tensor.bfloat16() for name, tensor in tensors.items()}, header)
+        print(f"{options.out}: {Path(options.out).stat().st_size / 1e6:.1f} MB")
+
+    return command
+
+
 def load_into(model, weights, path):
     """model.load_state_dict, with a message that names the first few tensors that do not fit. Raises UserError."""
     own = model.state_dict()
@@ -487,6 +565,328 @@ def unpack_state(tensors, path, model, ema, optimizer, scaler):
 
 
 # ----------------------------------------------------------------------------------------------------------------
+# Autoencoders: pictures <-> the latents that the diffusion models see. Each has the same face:
+#   encode  (B, 3, H, W) in [-1, 1] -> (B, latent_channels, H/stride, W/stride), about unit variance
+#   decode  the way back
+# Parameter names are those of the published weights, and no parameter wants a gradient; gradients still flow
+# through, for whoever needs a loss on decoded pictures.
+
+
+class KLResnet(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on the shortcut where the width changes."""
+
+    def __init__(self, width_in, width):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(32, width_in, eps=1e-6)
+        self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
+        self.norm2 = nn.GroupNorm(32, width, eps=1e-6)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(width_in, width, 1) if width != width_in else nn.Identity()
+
+    def forward(self, x):
+        # At full resolution each of these maps is the largest thing in memory; silu and the sum need no second one.
+        h = self.conv1(F.silu(self.norm1(x), inplace=True))
+        h = self.conv2(F.silu(self.norm2(h), inplace=True))
+        return h.add_(self.conv_shortcut(x))
+
+
+class KLAttention(nn.Module):
+    """Each cell of the map attends to all others, with one head as wide as the map."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(32, width, eps=1e-6)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def forward(self, x):
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, 1, HW, C)
+        mixed = self.to_out[0](attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)))
+        return x + mixed.squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:])  # (B, C, H, W)
+
+
+class KLMiddle(nn.Module):
+    """The block at the lowest resolution: the only one, but for the group norms, that sees the whole picture."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.resnets = nn.ModuleList(KLResnet(width, width) for _ in range(2))
+        self.attentions = nn.ModuleList([KLAttention(width)])
+
+    def forward(self, x):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class KLStage(nn.Module):
+    """All resnets of one resolution, then the way to the next: "downsamplers", "upsamplers" or None."""
+
+    def __init__(self, width_in, width, depth, resample):
+        super().__init__()
+        self.resnets = nn.ModuleList(KLResnet(width if i else width_in, width) for i in range(depth))
+        self.resample = resample
+        if resample:
+            conv = nn.Conv2d(width, width, 3, *((2, 0) if resample == "downsamplers" else (1, 1)))
+            self.add_module(resample, nn.ModuleList([nn.ModuleDict({"conv": conv})]))
+
+    def forward(self, x):
+        for resnet in self.resnets:
+            x = resnet(x)
+        if self.resample == "downsamplers":
+            return self.downsamplers[0]["conv"](F.pad(x, (0, 1, 0, 1)))  # (B, C, H/2, W/2); pads right and below only
+        if self.resample == "upsamplers":
+            return self.upsamplers[0]["conv"](F.interpolate(x, scale_factor=2.0))  # (B, C, 2H, 2W)
+        return x
+
+
+class KLHalf(nn.Module):
+    """The encoder, down from pictures to moments, or the decoder, up from latents to pictures. Widths in the order of
+    the stages; the decoder's are one resnet deeper."""
+
+    def __init__(self, channels_in, channels_out, widths, way):
+        super().__init__()
+        self.conv_in = nn.Conv2d(channels_in, widths[0], 3, padding=1)
+        self.mid_block = KLMiddle(widths[-1 if way == "down" else 0])
+        before, resample = (widths[0], *widths), [way + "samplers"] * (len(widths) - 1) + [None]
+        depth = 2 if way == "down" else 3
+        stages = nn.ModuleList(KLStage(*sizes, depth, how) for *sizes, how in zip(before, widths, resample))
+        self.way = way
+        self.add_module(way + "_blocks", stages)
+        self.conv_norm_out = nn.GroupNorm(32, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], channels_out, 3, padding=1)
+
+    def forward(self, x):
+        path = [*self.down_blocks, self.mid_block] if self.way == "down" else [self.mid_block, *self.up_blocks]
+        x = self.conv_in(x)
+        for block in path:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x), inplace=True))
+
+
+def check_map(x, channels, multiple):
+    """Raise UserError unless x is (B, channels, H, W) with sides that are multiples of `multiple`."""
+    if x.dim() != 4 or x.shape[1] != channels or x.shape[2] % multiple or x.shape[3] % multiple:
+        what = f"(B, {channels}, H, W) with H and W multiples of {multiple}"
+        raise UserError(f"the autoencoder takes {what}, not {tuple(x.shape)}; resize or crop first")
+
+
+def one_by_one(function, batch):
+    """function(batch) in float32, also under autocast. On a CPU one picture at a time: no slower, a fraction of the
+    memory, and every result the same to the bit whatever batch it comes in."""
+    parts = batch.split(1) if batch.device.type == "cpu" else [batch]
+    return torch.cat([function(part).float() for part in parts])
+
+
+class AutoencoderKL(nn.Module):
+    """The autoencoder of latent diffusion (Rombach et al. 2022, section 3.1): SD's and, with `batch_norm`, FLUX.2's.
+
+    SD's latents are multiplied by `scale`. 0.18215 is one over their standard deviation, measured over a batch of
+    training pictures. (SDXL's file looks the same, but its scale is 0.13025: set `vae.scale`.) FLUX.2's are normalised
+    in 2x2 patches, channel by channel of 4 * latent_channels, by the statistics of a batch norm that came with the
+    weights, and unfolded again.
+
+    widths, decoder_widths: channels at each resolution, highest first, multiples of 32. Under bfloat16 autocast a CPU
+    decodes twice as fast, with an rms error of one to three percent of the picture's standard deviation.
+    """
+
+    def __init__(self, latent_channels=4, widths=(128, 256, 512, 512), decoder_widths=None, batch_norm=False):
+        super().__init__()
+        self.latent_channels, self.stride, self.scale = latent_channels, 2 ** (len(widths) - 1), 0.18215
+        self.encoder = KLHalf(3, 2 * latent_channels, widths, "down")
+        self.decoder = KLHalf(latent_channels, 3, (decoder_widths or widths)[::-1], "up")
+        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+        self.bn = nn.BatchNorm2d(4 * latent_channels, eps=1e-4, affine=False) if batch_norm else None
+        self.patch = 2 if batch_norm else 1
+
+    def posterior(self, x):
+        """x (B, 3, H, W) in [-1, 1] -> mean, log-variance of the raw latent, each (B, C, H/stride, W/stride)."""
+        check_map(x, 3, self.stride * self.patch)
+        mean, logvar = one_by_one(lambda part: self.quant_conv(self.encoder(part)), x).chunk(2, dim=1)
+        return mean, logvar.clamp(-30.0, 20.0)
+
+    def encode(self, x, generator=None):
+        """x (B, 3, H, W) in [-1, 1] -> the latent a model sees: the posterior's mean, which is also its mode; with a
+        generator, a sample from it."""
+        z, logvar = self.posterior(x)
+        if generator is not None:
+            noise = torch.randn(z.shape, generator=generator, device=generator.device).to(z.device)
+            z = z + (logvar / 2).exp() * noise
+        return self.normalise(z)
+
+    def decode(self, latent):
+        """The latent a model sees -> pictures (B, 3, H, W) in about [-1, 1]."""
+        check_map(latent, self.latent_channels, self.patch)
+        return one_by_one(lambda part: self.decoder(self.post_quant_conv(part)), self.normalise(latent, inverse=True))
+
+    def normalise(self, z, inverse=False):
+        """Raw latent -> the latent a model sees, or back."""
+        if self.bn is None:
+            return z / self.scale if inverse else z * self.scale
+        z = F.pixel_unshuffle(z, 2)  # (B, 4C, H/2, W/2)
+        mean = self.bn.running_mean[:, None, None]
+        std = (self.bn.running_var[:, None, None] + self.bn.eps).sqrt()
+        return F.pixel_shuffle(z * std + mean if inverse else (z - mean) / std, 2)  # (B, C, H, W)
+
+
+class TAEBlock(nn.Module):
+    """relu(x + three convolutions). With `pool`, x first takes in what a GroupNorm knows of the whole map."""
+
+    def __init__(self, pool=False):
+        super().__init__()
+        first, second, third = (nn.Conv2d(64, 64, 3, padding=1) for _ in range(3))
+        self.conv = nn.Sequential(first, nn.ReLU(True), second, nn.ReLU(True), third)
+        widen, narrow = nn.Conv2d(64, 256, 1, bias=False), nn.Conv2d(256, 64, 1, bias=False)
+        self.pool = nn.Sequential(widen, nn.GroupNorm(4, 256), nn.ReLU(True), narrow) if pool else None
+
+    def forward(self, x):
+        if self.pool is not None:
+            x = x + self.pool(x)
+        return F.relu(x + self.conv(x), inplace=True)
+
+
+class TAEF2(nn.Module):
+    """The tiny autoencoder for FLUX.2's latents (Ollin Boer Bohan, github.com/madebyollin/taesd, MIT): 2.7 million
+    parameters instead of 84. It speaks the normalised latents that AutoencoderKL makes of FLUX.2's weights, so that
+    one can stand in for the other. It has no posterior. Its own pixels are in [0, 1]; ours, as ever, in [-1, 1]."""
+
+    latent_channels, stride = 32, 8
+
+    def __init__(self):
+        super().__init__()
+        conv = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
+        down = [conv(3, 64), TAEBlock()]
+        for pool in (False, False, True):
+            down += [conv(64, 64, stride=2, bias=False), *(TAEBlock(pool) for _ in range(3))]
+        # The first layer of the published decoder has no weights: it is the soft clamp in decode().
+        up = [nn.Identity(), conv(32, 64), nn.ReLU(True), *(TAEBlock(pool=True) for _ in range(3))]
+        for depth in (3, 3, 1):
+            up += [nn.Upsample(scale_factor=2), conv(64, 64, bias=False), *(TAEBlock() for _ in range(depth))]
+        self.encoder, self.decoder = nn.Sequential(*down, conv(64, 32)), nn.Sequential(*up, conv(64, 3))
+
+    def encode(self, x):
+        """x (B, 3, H, W) in [-1, 1] -> (B, 32, H/8, W/8)."""
+        check_map(x, 3, self.stride)
+        return one_by_one(self.encoder, (x + 1) / 2)
+
+    def decode(self, latent):
+        """(B, 32, H, W) -> pictures (B, 3, 8H, 8W) in about [-1, 1]."""
+        check_map(latent, self.latent_channels, 1)
+        return one_by_one(self.decoder, (latent / 3).tanh() * 3) * 2 - 1
+
+
+def decode_tiled(vae, latent, tile=64, overlap=16):
+    """vae.decode(latent) for pictures that do not fit in memory: in tiles of tile x tile latent cells, neighbours
+    sharing at least `overlap`, where one fades linearly into the other. Both numbers are even.
+
+    A latent no larger than a tile decodes as ever. A larger one does not give the same picture: attention and the group
+    norms see the whole of what they are given, so each tile is judged on its own, and brightness and contrast drift.
+    The fade makes that a slope instead of a seam; large tiles make it small. TAEF2, whose few layers lean most on such
+    norms, rebuilds a photo of 64 x 64 cells with 31 dB whole, 28 in tiles of 48, 25 in tiles of 32.
+    """
+    if tile % 2 or overlap % 2 or not 0 < overlap < tile:
+        raise UserError(f"tile {tile}, overlap {overlap}: both must be even, and the overlap between 0 and the tile")
+    check_map(latent, vae.latent_channels, 1)
+    height, width = latent.shape[2:]
+    if max(height, width) <= tile:
+        return vae.decode(latent)
+
+    def starts(size):  # the last tile ends where the latent does
+        return [min(start, max(size - tile, 0)) for start in range(0, max(size - overlap, 1), tile - overlap)]
+
+    def fade(size):  # the distance from the nearer edge; where two tiles meet, their shares are then linear
+        distance = torch.arange(size, device=latent.device) + 0.5
+        return torch.minimum(distance, size - distance)
+
+    total = latent.new_zeros(len(latent), 3, height * vae.stride, width * vae.stride, dtype=torch.float32)
+    weights = torch.zeros_like(total[0, 0])
+    for top, left in itertools.product(starts(height), starts(width)):
+        part = vae.decode(latent[..., top : top + tile, left : left + tile])
+        weight = fade(part.shape[2])[:, None] * fade(part.shape[3])
+        y, x = top * vae.stride, left * vae.stride
+        here = ..., slice(y, y + part.shape[2]), slice(x, x + part.shape[3])
+        total[here] += weight * part
+        weights[here] += weight
+    return total.div_(weights)
+
+
+# What other layouts call the parts, and what diffusers and we call them. No name on the left occurs in one on the
+# right, so the same pass that brings another layout here leaves this one as it is.
+# fmt: off
+VAE_NAMES = [
+    # Latent diffusion, and Black Forest Labs, where the quant_convs are inside; both count the decoder from its end
+    ("encoder.quant_conv.", "quant_conv."), ("decoder.post_quant_conv.", "post_quant_conv."),
+    *[(f".up.{i}.", f".up_blocks.{3 - i}.") for i in range(4)], (".down.", ".down_blocks."), (".block.", ".resnets."),
+    (".downsample.", ".downsamplers.0."), (".upsample.", ".upsamplers.0."), (".nin_shortcut.", ".conv_shortcut."),
+    (".mid.block_1.", ".mid_block.resnets.0."), (".mid.block_2.", ".mid_block.resnets.1."),
+    (".mid.attn_1.norm.", ".mid_block.attentions.0.group_norm."), (".mid.attn_1.", ".mid_block.attentions.0."),
+    (".q.", ".to_q."), (".k.", ".to_k."), (".v.", ".to_v."), (".proj_out.", ".to_out.0."),
+    (".norm_out.", ".conv_norm_out."),
+    # diffusers until May 2023, and so the file of sd-vae-ft-mse
+    (".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0."),
+]
+# What a folder may hold, best first: the prefix that its names need, and the file.
+VAE_FOLDERS = [
+    {"": "diffusion_pytorch_model.safetensors"}, {"": "diffusion_pytorch_model.bin"},
+    {"encoder.": "taef2_encoder.safetensors", "decoder.": "taef2_decoder.safetensors"},
+    {"encoder.": "taef2_encoder.pth", "decoder.": "taef2_decoder.pth"},
+    {"": "vae/diffusion_pytorch_model.safetensors"},
+]
+# fmt: on
+
+
+def read_vae_weights(path):
+    """The tensors of an autoencoder's file or folder, in float32 and under diffusers' names. Raises UserError."""
+    files = {"": ""}
+    if path.is_dir():
+        files = next((f for f in VAE_FOLDERS if all((path / name).is_file() for name in f.values())), None)
+        if files is None:
+            known = ", ".join(" and ".join(f.values()) for f in VAE_FOLDERS)
+            raise UserError(f"no autoencoder in {path}; a folder should hold {known}")
+    weights = {}
+    for prefix, name in files.items():
+        content, _ = load_tensors(path / name)
+        content = content.get("state_dict", content)
+        weights |= {f"{prefix}{k}": v for k, v in content.items() if torch.is_tensor(v)}
+    whole = "first_stage_model."  # what a whole SD checkpoint calls its autoencoder
+    if any(k.startswith(whole) for k in weights):
+        weights = {k.removeprefix(whole): v for k, v in weights.items() if k.startswith(whole)}
+    for theirs, ours in VAE_NAMES:
+        weights = {k.replace(theirs, ours): v for k, v in weights.items()}
+    for k, v in weights.items():
+        if ".attentions.0.to_" in k and v.dim() == 4:  # latent diffusion's attention is of 1x1 convolutions
+            weights[k] = v.flatten(1)
+    return {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
+
+
+def load_vae(path):
+    """The autoencoder in a file or folder, known by the names of its weights: AutoencoderKL with those of SD (diffusers
+    new and old, latent diffusion, a whole SD checkpoint) or FLUX.2 (diffusers, Black Forest Labs), or TAEF2. In float32
+    and eval mode, its parameters without gradients. Raises UserError for anything else."""
+    path = Path(path)
+    weights = read_vae_weights(path)
+
+    def widths(stage):
+        names = (f"{stage}.{i}.resnets.0.conv1.weight" for i in range(4))
+        return tuple(weights[k].shape[0] for k in names if k in weights and weights[k].dim() == 4)
+
+    down, up, batch_norm = widths("encoder.down_blocks"), widths("decoder.up_blocks"), "bn.running_mean" in weights
+    channels = weights.get("post_quant_conv.bias", torch.empty(0)).numel()
+    known_scale = channels == 4 or (channels and batch_norm)
+    if "encoder.11.pool.0.weight" in weights:
+        vae = TAEF2()
+    elif len(down) == len(up) == 4 and not any(w % 32 for w in down + up) and known_scale:
+        vae = AutoencoderKL(channels, down, up[::-1], batch_norm)
+        # SD's published files also hold the losses that it was trained with, and their weights
+        weights = {k: v for k, v in weights.items() if hasattr(vae, k.split(".")[0])}
+    else:
+        names = ", ".join(list(weights)[:3]) or "none by name"
+        raise UserError(f"{path} is no autoencoder of SD, FLUX.2 or TAEF2; it holds {len(weights)} tensors: {names}...")
+    load_into(vae, weights, path)
+    # The memory format that a CPU's bfloat16 convolutions like best
+    return vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+# ----------------------------------------------------------------------------------------------------------------
 # Pictures in
 
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -498,10 +898,7 @@ def read_picture(path, size):
 
     The content decides, not the name. Of an animation the first frame counts; transparency lies on white.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is below Pillow's own limit
-        picture = Image.open(path)
-    with picture:
+    with Image.open(path) as picture:
         if picture.width * picture.height > MAX_PIXELS:
             raise ValueError(f"{picture.width} x {picture.height} pixels are too many")
         picture.draft("RGB", (2 * size, 2 * size))  # a JPEG of a camera is decoded at a fraction of its size
@@ -514,17 +911,20 @@ def read_picture(path, size):
         return np.asarray(ImageOps.fit(picture.convert("RGB"), (size, size), Image.Resampling.LANCZOS))
 
 
-def read_folder(folder, size):
-    """All pictures below `folder` -> ((N, 3, size, size) uint8 tensor, their paths, a line for each file skipped).
-
-    Sorted by path, so that picture number i is the same on every machine. Raises UserError if there is none.
-    """
+def picture_paths(folder):
+    """All files below `folder` that should be pictures, sorted, so that picture number i is the same on every machine.
+    Raises UserError if there is none."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}; name a folder of pictures, or leave --data out for drawn faces")
+        raise UserError(f"no folder {folder}; name a folder of pictures, or leave --data out for drawn ones")
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file())
     if not paths:
         raise UserError(f"no pictures in {folder}; it should hold files such as .png or .jpg")
+    return paths
+
+
+def read_pictures(paths, folder, size, progress=False):
+    """(n, 3, size, size) uint8 of the readable ones among `paths`, their places in it, a line for each file skipped."""
 
     def read_or_explain(path):
         try:
@@ -533,23 +933,93 @@ def read_folder(folder, size):
             return f"{path.relative_to(folder)}: {str(problem)[:100]}"
 
     # Pillow decodes and resizes outside Python's lock, so threads are enough; map keeps the order.
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        results = list(tqdm(pool.map(read_or_explain, paths), "reading", len(paths), unit=" pictures", leave=False))
+    with warnings.catch_warnings(), concurrent.futures.ThreadPoolExecutor() as pool:
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is below Pillow's own limit
+        read = pool.map(read_or_explain, paths)
+        results = list(tqdm(read, "reading", len(paths), unit=" pictures", leave=False, disable=not progress))
     skipped = [result for result in results if isinstance(result, str)]
-    if len(skipped) == len(paths):
-        raise UserError(f"none of the {len(paths)} files in {folder} is a readable picture, {skipped[0]}")
     good = [i for i, result in enumerate(results) if not isinstance(result, str)]
-    pictures = torch.from_numpy(np.stack([results[i] for i in good])).permute(0, 3, 1, 2).contiguous()
+    pictures = torch.from_numpy(np.stack([results[i] for i in good])) if good else torch.zeros(0, size, size, 3).byte()
+    return pictures.permute(0, 3, 1, 2).contiguous(), good, skipped
+
+
+def read_folder(folder, size):
+    """All pictures below `folder` -> ((N, 3, size, size) uint8 tensor, their paths, a line for each file skipped).
+    Raises UserError if there is none."""
+    paths = picture_paths(folder)
+    pictures, good, skipped = read_pictures(paths, folder, size, progress=True)
+    if not good:
+        raise UserError(f"none of the {len(paths)} files in {folder} is a readable picture, {skipped[0]}")
     return pictures, [paths[i] for i in good], skipped
 
 
 def load_pictures(data, size):
     """What --data names, "drawn" or a folder -> ((N, 3, size, size) uint8, their names, lines about skipped files)."""
     if data == "drawn":
-        faces = draw_faces(10_000, size)
-        return faces.pictures, [f"drawn face {i}" for i in range(len(faces.pictures))], []
+        pictures = draw_set(draw_face, 10_000, size).pictures
+        return pictures, [f"drawn face {i}" for i in range(len(pictures))], []
     pictures, paths, skipped = read_folder(data, size)
     return pictures, [str(path) for path in paths], skipped
+
+
+def read_captions(folder):
+    """Captions below `folder`: path -> (text, tags). From each metadata.jsonl in the imagefolder convention (lines with
+    "file_name", "text" and perhaps "tags"), else from the .txt that lies beside a picture. Raises UserError on a line
+    that is not JSON."""
+    captions = {}
+    for path in Path(folder).rglob("*.txt"):
+        captions |= {path.with_suffix(suffix): (path.read_text().strip(), []) for suffix in PICTURE_SUFFIXES}
+    for path in sorted(Path(folder).rglob("metadata.jsonl")):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            try:
+                row = json.loads(line)
+                captions[path.parent / row["file_name"]] = (row["text"], row.get("tags", []))
+            except (ValueError, KeyError, TypeError):
+                what = 'a line should read {"file_name": "1.png", "text": "a red car"}'
+                raise UserError(f"{path}, line {number}: {what}") from None
+    return captions
+
+
+@dataclasses.dataclass
+class DrawnSet:
+    """pictures (N, 3, size, size) uint8; a caption and a list of tags for each."""
+
+    pictures: torch.Tensor
+    captions: list[str]
+    tags: list[list[str]]
+
+
+def draw_set(draw, count, size):
+    """draw(seed, size) -> (RGB picture, caption, tags), for the seeds 0 to count - 1, as DrawnSet.
+
+    All cores draw, and what they drew is kept in data/ and read from there the next time. A few, spread over the set,
+    are drawn anew each time and must equal the kept ones, so that a change to the drawing shows.
+    """
+    cache = Path("data") / f"{draw.__name__}-{count}-{size}.safetensors".replace("_", "-")
+
+    def collect(drawn):
+        pictures, captions, tags = zip(*drawn)
+        pictures = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+        return DrawnSet(pictures.permute(0, 3, 1, 2).contiguous(), list(captions), list(tags))
+
+    probes = range(0, count, max(1, count // 64))
+    probe = collect(draw(seed, size) for seed in probes)
+    if cache.exists():
+        with contextlib.suppress(UserError, KeyError, TypeError, IndexError):
+            tensors, words = load_tensors(cache)
+            kept = DrawnSet(tensors["pictures"], words["captions"], words["tags"])
+            same = torch.equal(kept.pictures[list(probes)], probe.pictures)
+            if same and [kept.captions[i] for i in probes] == probe.captions:
+                return kept
+    # Pillow's drawing holds Python's lock, so this takes processes; forking spares each its own import of torch.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to hear
+    with concurrent.futures.ProcessPoolExecutor(None, context, signal.signal, ignore) as pool:
+        drawn = pool.map(draw, range(count), itertools.repeat(size), chunksize=100)
+        made = collect(tqdm(drawn, "drawing", count, unit=" pictures", leave=False))
+    with contextlib.suppress(UserError):  # no place to keep them: they are drawn again the next time
+        save_tensors(cache, {"pictures": made.pictures}, {"captions": made.captions, "tags": made.tags})
+    return made
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -590,7 +1060,7 @@ def save_gif(frames, path, milliseconds=200):
 # Run folders
 
 # May differ between a run and its resumption: how long, where, and how often to save. All else would change the run.
-MAY_CHANGE = {"out", "minutes", "steps", "device", "compile", "checkpoint_every", "resume"}
+MAY_CHANGE = {"out", "minutes", "steps", "epochs", "device", "compile", "checkpoint_every", "resume"}
 PROGRESS_BAR = "{percentage:3.0f}% {bar} {elapsed} passed, {remaining} left{postfix}"
 NOISE_BINS = 8
 LOG_COLUMNS = ["step", "seconds", "images", "loss", "lr", "grad_norm", "images_per_second"]
@@ -610,8 +1080,9 @@ class Run:
     def __init__(self, config, system):
         self.config, self.system = config, system
         self.folder = Path(config.out or f"runs/{system}")
-        self.step, self.images, self.seconds_before = 0, 0, 0.0
+        self.step, self.images, self.seconds_before, self.best = 0, 0, 0.0, math.inf
         self.done, self.interrupted = False, False
+        self.header = {}  # what the checkpoints' headers say beside system, step and config
         self.window = []  # (costs, times, loss, gradient norm, lr) of each step since the last line of the log
         if not config.minutes and not config.steps:
             raise UserError("a run needs an end: give --minutes or --steps")
@@ -747,11 +1218,17 @@ class Run:
         self.bar.n = self.step if self.config.steps else min(now, self.bar.total)
         self.bar.refresh()
 
-    def save(self, model, ema, optimizer, scaler):
-        """model.safetensors, all that sampling needs, then state.safetensors, all that resuming needs, and the page."""
-        settings = {"system": self.system, "step": self.step, "config": dataclasses.asdict(self.config)}
+    def save(self, model, ema, optimizer, scaler, held_out_loss=None):
+        """model.safetensors, all that sampling needs, then state.safetensors, all that resuming needs, and the page.
+
+        With a held_out_loss, best.safetensors is the model.safetensors at which it was least.
+        """
+        settings = {"system": self.system, "step": self.step, "config": dataclasses.asdict(self.config)} | self.header
         save_tensors(self.folder / "model.safetensors", ema.state_dict(), settings)
-        clock = {"images": self.images, "seconds": self.seconds}
+        if held_out_loss is not None and held_out_loss < self.best:
+            self.best = held_out_loss
+            save_tensors(self.folder / "best.safetensors", ema.state_dict(), settings | {"held_out_loss": self.best})
+        clock = {"images": self.images, "seconds": self.seconds, "best": self.best}
         save_tensors(self.state_path, pack_state(model, ema, optimizer, scaler), settings | clock)
         self.write_page()
 
@@ -765,8 +1242,11 @@ class Run:
         if changed:
             asked = ", ".join(f"--{k.replace('_', '-')} {before.get(k)} (not {now[k]})" for k in changed[:3])
             raise UserError(f"{self.folder} was made with {asked}; resume with the same options, or name another --out")
+        if any(header.get(key) != value for key, value in self.header.items()):
+            raise UserError(f"the pictures in {self.config.data} are not those that {self.folder} began with")
         unpack_state(tensors, self.state_path, model, ema, optimizer, scaler)
         self.step, self.images, self.seconds_before = header["step"], header["images"], header["seconds"]
+        self.best = header["best"]
         log = self.folder / "log.csv"
         for path in (self.folder / "samples").glob("step_*.png"):  # of steps that are about to be made again
             if path.stem[5:].isdigit() and int(path.stem[5:]) > self.step:
@@ -1141,42 +1621,3 @@ def draw_face(seed: int, size: int = 80) -> tuple[Image.Image, str, list[str]]:
         f"{skin_name} skin",
     ]
     return image.reduce(4), caption, [tag.replace("{} ", "").removeprefix("a ") for tag in tags if tag]
-
-
-@dataclasses.dataclass
-class DrawnFaces:
-    """pictures (N, 3, size, size) uint8; a caption and a list of tags for each."""
-
-    pictures: torch.Tensor
-    captions: list[str]
-    tags: list[list[str]]
-
-
-def draw_faces(count, size):
-    """Faces 0 to count - 1 as DrawnFaces: drawn by all cores and kept in data/, read from there the next time.
-
-    The first few are drawn anew each time and must equal the kept ones, so that a change to the drawing above shows.
-    """
-    cache = Path("data") / f"drawn-faces-{count}-{size}.safetensors"
-
-    def collect(faces):
-        pictures, captions, tags = zip(*faces)
-        pictures = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
-        return DrawnFaces(pictures.permute(0, 3, 1, 2).contiguous(), list(captions), list(tags))
-
-    probe = collect(draw_face(seed, size) for seed in range(min(count, 8)))
-    if cache.exists():
-        with contextlib.suppress(UserError, KeyError, TypeError):
-            tensors, words = load_tensors(cache)
-            faces = DrawnFaces(tensors["pictures"], words["captions"], words["tags"])
-            if faces.captions[:8] == probe.captions and torch.equal(faces.pictures[:8], probe.pictures):
-                return faces
-    # Pillow's drawing holds Python's lock, so this takes processes; forking spares each its own import of torch.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to hear
-    with concurrent.futures.ProcessPoolExecutor(None, context, signal.signal, ignore) as pool:
-        drawn = pool.map(draw_face, range(count), itertools.repeat(size), chunksize=100)
-        faces = collect(tqdm(drawn, "drawing", count, unit=" faces", leave=False))
-    with contextlib.suppress(UserError):  # no place to keep them: they are drawn again the next time
-        save_tensors(cache, {"pictures": faces.pictures}, {"captions": faces.captions, "tags": faces.tags})
-    return faces

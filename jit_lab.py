@@ -80,12 +80,17 @@ class Config(common.TrainConfig):
     time_mean: float = option(-0.2, "of the normal whose sigmoid is t; below 0: mostly noise (JiT: -0.8)")
     time_std: float = option(1.0, "its spread", low=0.0)
     noise_scale: float = option(1.0, "standard deviation of the noise; JiT takes 2 at 512 pixels", low=0.0)
+    lab_noise: tuple[float, ...] = option(
+        (1.0, 1.0, 1.0), "the same in L*, a* and b* each, times --noise-scale", low=0.01
+    )
     eps_train: float = option(0.05, "least 1 - t that a training velocity is divided by", low=1e-6, high=1.0)
     eps_sample: float = option(0.01, "least 1 - t that a sampling velocity is divided by", low=1e-6, high=1.0)
 
 
 PRESETS = {
-    "demo": dict(minutes=10.0),
+    # A picture's lightness fills its scale and its chroma does not: noise of 1 buries colour until the last steps.
+    # These are about what noise of 1 in RGB comes to in L*a*b*; the Fréchet distance after ten minutes fell by a sixth.
+    "demo": dict(minutes=10.0, lab_noise=(0.6, 0.35, 0.35)),
     # The post's own: 1,280 epochs of 10,000 pictures at batch 256 are 50,000 steps. It trains in fp16, which is
     # --precision fp16 here; it is silent on the time law, EMA, betas and decay, which are JiT's here.
     "paper": dict(
@@ -115,14 +120,14 @@ XYZ_FROM_RGB = torch.tensor(
     [[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169], [0.019334, 0.119193, 0.950227]]
 )
 RGB_FROM_XYZ = torch.linalg.inv(XYZ_FROM_RGB.double()).float()
-WHITE = torch.tensor([0.95047, 1.0, 1.08883]).view(3, 1, 1)
+DAYLIGHT = torch.tensor([0.95047, 1.0, 1.08883]).view(3, 1, 1)
 
 
 def rgb_to_lab(x):
     """RGB in [0, 1] -> (L* / 50 - 1, a* / 128, b* / 128), both (B, 3, H, W) float32; a grey has zero chroma."""
     x = x.float()
     linear = torch.where(x > 0.04045, ((x + 0.055) / 1.055) ** 2.4, x / 12.92)
-    xyz = torch.einsum("ij,bjhw->bihw", XYZ_FROM_RGB.to(x.device), linear) / WHITE.to(x.device)
+    xyz = torch.einsum("ij,bjhw->bihw", XYZ_FROM_RGB.to(x.device), linear) / DAYLIGHT.to(x.device)
     # The cube root of CIE 1976, with its straight piece near black where the root would be too steep.
     fx, fy, fz = torch.where(xyz > 0.008856, xyz.clamp(min=1e-6) ** (1 / 3), 7.787 * xyz + 16 / 116).unbind(1)
     return torch.stack(((116 * fy - 16) / 50 - 1, 500 * (fx - fy) / 128, 200 * (fy - fz) / 128), dim=1)
@@ -133,7 +138,7 @@ def lab_to_rgb(x):
     lightness, a, b = x.float().unbind(1)
     fy = ((lightness + 1) * 50 + 16) / 116
     f = torch.stack((fy + a * 128 / 500, fy, (fy - b * 128 / 200).clamp(min=0)), dim=1)
-    xyz = torch.where(f > 0.2068966, f**3, (f - 16 / 116) / 7.787) * WHITE.to(x.device)
+    xyz = torch.where(f > 0.2068966, f**3, (f - 16 / 116) / 7.787) * DAYLIGHT.to(x.device)
     linear = torch.einsum("ij,bjhw->bihw", RGB_FROM_XYZ.to(x.device), xyz)
     rgb = torch.where(linear > 0.0031308, 1.055 * linear.clamp(min=1e-8) ** (1 / 2.4) - 0.055, 12.92 * linear)
     return rgb.clamp(0, 1)
@@ -423,6 +428,8 @@ def build_model(config):
     """A fresh JiT of the config's sizes. Raises UserError where they do not go together."""
     if config.image_size % config.patch_size:
         raise UserError(f"--patch-size {config.patch_size} does not divide --image-size {config.image_size}")
+    if config.in_context_len and config.in_context_start >= config.depth:
+        raise UserError(f"--in-context-start {config.in_context_start} must be below --depth {config.depth}")
     if config.hidden_size % (4 * config.num_heads):
         raise UserError(f"--hidden-size {config.hidden_size} must be a multiple of 4 x --num-heads {config.num_heads}")
     sizes = ("patch_size", "hidden_size", "depth", "num_heads", "num_classes")
@@ -432,6 +439,12 @@ def build_model(config):
 
 # ----------------------------------------------------------------------------------------------------------------
 # Rectified flow with x-prediction (Parts 1 and 5): x_t = (1 - t) noise + t data, velocity = data - noise
+
+
+def noise_scale(config, device):
+    """Standard deviation of the noise in each channel, (3, 1, 1)."""
+    channels = config.lab_noise if config.space == "lab" else (1.0, 1.0, 1.0)
+    return config.noise_scale * torch.tensor(channels, device=device).view(3, 1, 1)
 
 
 def predicted_data(config, output, x_t, t):
@@ -454,12 +467,15 @@ def flow_loss(config, output, x_t, x, t, mask):
     The post contradicts itself. Its text asks for the error of the velocity, (x_hat - x_t) / (1 - t) against
     x - noise: --loss v. Its code subtracts the noise from x_hat and from x, where it cancels: --loss x. The two differ
     by the weight 1 / (1 - t)^2. Like the post we divide by all elements, masked ones too, so a picture without colour
-    weighs as much as its lightness does in any other.
+    weighs as much as its lightness does in any other. Where the channels' noise differs (--lab-noise), an error is
+    measured against the noise that hides it, relative to the first channel's.
     """
     t = t.view(-1, 1, 1, 1)
     error = predicted_data(config, output, x_t, t) - x
     if config.loss == "v":  # (x_hat - x_t) / (1 - t) against (x - x_t) / (1 - t): x_t cancels
         error = error / (1 - t).clamp(min=config.eps_train)
+    scale = noise_scale(config, t.device)
+    error = error * (scale[0] / scale)
     return (error.square() * mask).mean(dim=(1, 2, 3))
 
 
@@ -486,16 +502,9 @@ def train(config):
     run = Run(config, "jit_lab")
     data, skipped = load_dataset(config)
     run.tell_skipped(skipped)
+    run.header = {"data": [len(data.rgb), int(data.rgb.sum())]}
     ema = copy.deepcopy(model).eval()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=config.lr,
-        betas=(0.9, config.beta2),
-        weight_decay=config.weight_decay,
-        fused=device.type != "mps",
-    )
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    optimizer, scaler = common.make_optimizer(config, model, device)
     if config.resume:
         run.load(model, ema, optimizer, scaler)
     if common.worth_compiling(config, device):
@@ -505,16 +514,12 @@ def train(config):
 
     with run.clock():
         while not run.done:
-            lr = config.lr * common.lr_factor(run.progress, config.warmup, config.decay)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-
             costs, times = [], []
             for part in range(config.grad_accum):
                 x, mask, top, left = draw_batch(config, data, run.step, part, device)
                 draw = generator(config.seed, run.step, part, 1, device=device)
                 t = draw_times(config, len(x), draw)
-                noise = config.noise_scale * torch.randn(x.shape, generator=draw, device=device)
+                noise = noise_scale(config, device) * torch.randn(x.shape, generator=draw, device=device)
                 x_t = flow_point(noise, x, t)
                 y = torch.zeros(len(x), dtype=torch.long, device=device)
                 with autocast(device, precision):
@@ -524,19 +529,10 @@ def train(config):
                 costs.append(cost.detach())
                 times.append(t)
 
-            scaler.unscale_(optimizer)
-            grad_norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
-            # A GradScaler skips steps that overflow; without one they must not be made.
-            finite = scaler.is_enabled() or bool(grad_norm.isfinite())
-            run.record(torch.cat(costs), torch.cat(times), grad_norm, lr, finite)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            common.update_ema(ema, model, run.step, config.ema)
-
+            common.optimizer_step(config, run, model, ema, optimizer, scaler, torch.cat(costs), torch.cat(times))
             pictures, checkpoint = run.due()
             if pictures:
-                run.save_samples(sample(ema, config, SampleConfig(num=25, precision=precision)))
+                run.save_samples(sample(ema, config, DrawConfig(num=25, precision=precision)))
             if checkpoint:
                 run.save(model, ema, optimizer, scaler)
     return run.farewell()
@@ -547,23 +543,29 @@ def train(config):
 
 
 @dataclasses.dataclass
-class SampleConfig:
-    """Options of the verb sample."""
+class DrawConfig:
+    """How pictures are drawn from weights, for whatever purpose."""
 
     weights: str = option("", "checkpoint (default: runs/jit_lab/model.safetensors, else weights/jit_lab.safetensors)")
     num: int = option(16, "pictures", low=1)
     steps: int = option(50, "steps from noise to picture", low=1)
     solver: str = option("euler", "how a step is made", choices=tuple(common.SOLVERS))
-    seed: int = option(0, "picture i starts from the noise of seed + i", low=0)
+    seed: int = option(0, "picture i starts from the noise of seed + i", low=0, high=2**63)
     batch_size: int = option(64, "pictures at a time", low=1)
     clamp: bool = option(False, "keep x_hat within the range of the data at every step")
     label: int = option(0, "class, for checkpoints that have several", low=0)
     cfg: float = option(1.0, "guidance: 1 conditional, 0 unconditional, above 1 guided", low=0.0)
+    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    precision: str = option("auto", "of the matrix products", choices=("auto", "fp32", "bf16", "fp16"))
+
+
+@dataclasses.dataclass
+class SampleConfig(DrawConfig):
+    """Options of the verb sample."""
+
     out: str = option("samples/jit_lab.png", "picture of all samples in a grid")
     each: str = option("", "folder for single pictures")
     gif: str = option("", "animation of the first pictures, from noise to data in 10 frames")
-    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    precision: str = option("auto", "of the matrix products", choices=("auto", "fp32", "bf16", "fp16"))
 
 
 @torch.no_grad()
@@ -598,7 +600,7 @@ def sample(model, config, options, watch=None):
         seeds = range(first, min(first + options.batch_size, last))
         x = common.noise_for(seeds, (3, config.image_size, config.image_size), device)
         solve = common.SOLVERS[options.solver]
-        x = solve(guided_velocity, config.noise_scale * x, times, watch if first == options.seed else None)
+        x = solve(guided_velocity, noise_scale(config, device) * x, times, watch if first == options.seed else None)
         pictures.append(to_rgb(config, x))
     return torch.cat(pictures)
 
@@ -760,8 +762,8 @@ def nearest(metric, queries, pictures, skip_self=False, batch_size=250):
 
 
 @dataclasses.dataclass
-class NoveltyConfig(SampleConfig):
-    """Options of the verb novelty: those of sample, and what to compare with."""
+class NoveltyConfig(DrawConfig):
+    """Options of the verb novelty: how to draw, and what to compare with."""
 
     data: str = option("", "training pictures, a folder or drawn (default: what the checkpoint was trained on)")
     alexnet: str = option("", "torchvision's AlexNet weights, for LPIPS")
@@ -789,7 +791,9 @@ def novelty_command(options):
         )
     if options.alexnet and config.image_size < 31:
         raise UserError(f"LPIPS needs pictures of 31 pixels or more, these have {config.image_size}")
-    pictures, names, _ = common.load_pictures(options.data or config.data, config.image_size)
+    pictures, names, skipped = common.load_pictures(options.data or config.data, config.image_size)
+    if skipped:
+        print(f"skipped {len(skipped)} unreadable files: {'; '.join(skipped[:3])}{'; ...' if len(skipped) > 3 else ''}")
     rgb = sample(model, config, options).cpu()
     distances, index = nearest(metric, rgb, pictures)
     # How near are training pictures to each other? A sample that copies lies far below this.
@@ -831,6 +835,7 @@ def labelled_pairs(pictures, distances, columns=4):
 VERBS = {
     "train": (train, Config, PRESETS, "train, e.g. python jit_lab.py train --minutes 3"),
     "sample": (sample_command, SampleConfig, None, "draw pictures, e.g. python jit_lab.py sample --num 16"),
+    "export": (common.export("jit_lab"), common.ExportConfig, None, "halve a checkpoint, to give it away"),
     "novelty": (
         novelty_command,
         NoveltyConfig,

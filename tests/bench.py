@@ -1,8 +1,9 @@
-"""Speed, as ratios of medians measured in one run: `python tests/bench.py [attention] [demo] [paper] [sample] [data]`.
+"""Speed, as ratios of medians measured in one run: `python tests/bench.py [NAME ...]`, all of NAMES by default.
 
-Run it on a quiet machine; with no name it measures everything. Nothing here is a test: timings vary, ratios less so.
+Run it on a quiet machine. Nothing here is a test: timings vary, ratios less so.
 """
 
+import copy
 import resource
 import statistics
 import subprocess
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
+import dit_t2i  # noqa: E402
 import jit_lab  # noqa: E402
 
 
@@ -62,13 +64,37 @@ def training_step(config, precision, device, compiled=False):
     return step
 
 
-def compare_training(title, config, device, rounds):
+def text_training_step(config, precision, device, compiled=False):
+    """One optimizer step of dit_t2i's train() on pictures and captions of nothing."""
+    torch.manual_seed(0)
+    model = dit_t2i.build_model(config, 3, config.image_size, 800).to(device)
+    if compiled:
+        for layer in model.layers:
+            layer.compile(dynamic=False)
+    optimizer, _ = common.make_optimizer(config, model, device)
+    x = torch.rand(config.batch_size, 3, config.image_size, config.image_size, device=device)
+    text = torch.randint(0, 800, (config.batch_size, 6), device=device)
+
+    def step():
+        with common.autocast(device, precision):
+            cost, _ = dit_t2i.flow_loss(config, model, x, text, common.generator(0, device=device))
+        cost.mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def compare_training(title, config, device, rounds, training_step=training_step):
     fast = common.pick_precision("auto", device)
     ways = {
         "eager fp32": training_step(config, "fp32", device),
         f"eager {fast}": training_step(config, fast, device),
         f"compiled {fast}": training_step(config, fast, device, compiled=True),
     }
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     seconds = median_seconds(ways, rounds)
     print(f"{title}, batch {config.batch_size}, {device}")
     for name, s in seconds.items():
@@ -140,7 +166,7 @@ def bench_data(device):
             [
                 sys.executable,
                 "-c",
-                f"import sys; sys.path.insert(0, {str(ROOT)!r}); import common; common.draw_faces(10000, 80)",
+                f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom common import *\ndraw_set(draw_face, 10000, 80)",
             ],
             cwd=folder,
             check=True,
@@ -154,8 +180,128 @@ def bench_data(device):
         print(f"nearest of 10,000 pictures to each of 16 by {name}: {time.perf_counter() - start:.1f} s")
 
 
+def bench_text_demo(device):
+    """Where the time of a compiled step goes, beside the ratios: matrix products by oneDNN and by BLAS."""
+    config = common.make_config(dit_t2i.Config, {}, dit_t2i.PRESETS)
+    compare_training("text to image, demo preset", config, device, 9, text_training_step)
+    step = text_training_step(config, common.pick_precision("auto", device), device, compiled=True)
+    for _ in range(3):
+        step()
+    with torch.profiler.profile() as profile:
+        step()
+    events = profile.key_averages()
+    whole = sum(event.self_device_time_total or event.self_cpu_time_total for event in events)
+    products = ("mm", "bmm", "linear", "addmm", "convolution", "gemm")
+    matrix = sum(e.self_device_time_total or e.self_cpu_time_total for e in events if any(p in e.key for p in products))
+    print(f"  {matrix / whole:.0%} of the compiled step is in matrix products")
+
+
+@torch.no_grad()
+def bench_text_paper(device):
+    """One prompt through the 258M model, 28 steps of guidance, and the VAE; random weights take as long as any."""
+    torch.manual_seed(0)
+    config = common.make_config(dit_t2i.Config, {"preset": "paper"}, dit_t2i.PRESETS)
+    model = dit_t2i.build_model(config, 4, 32, 0).to(device).eval()
+    vae = common.AutoencoderKL().to(device).eval()
+    fast, fast_vae = copy.deepcopy(model).bfloat16(), vae.to(memory_format=torch.channels_last)
+    text, null = torch.randn(1, 77, 768, device=device), torch.randn(1, 77, 768, device=device)
+    options = dit_t2i.SampleConfig(num=1, cfg=4.0, precision="bf16")
+
+    def ours():
+        latent = dit_t2i.sample(fast, options, text, null, (4, 32, 32))
+        with common.autocast(device, "bf16"):
+            return dit_t2i.to_rgb(fast_vae, latent)
+
+    def plain():
+        z, t = common.noise_for([0], (4, 32, 32), device), torch.ones(1, device=device)
+        for i in range(28):
+            with_text, without = model(z, t * (1 - i / 28), text), model(z, t * (1 - i / 28), null)
+            z = z - (without + 4 * (with_text - without)) / 28
+        return dit_t2i.to_rgb(vae, z)
+
+    seconds = median_seconds({"ours": ours, "plain": plain}, 2)
+    ratio = seconds["plain"] / seconds["ours"]
+    print(f"258M model, 28 steps, cfg 4, and decoding: {seconds['ours']:.1f} s, {ratio:.2f} x eager fp32 in two passes")
+
+
+@torch.no_grad()
+def bench_text_vae(device):
+    """Four pictures at 256 pixels, against diffusers on equal weights; peak memory in a process for each."""
+    import diffusers
+
+    theirs = diffusers.AutoencoderKL(**dit_sd_config()).to(device).eval()
+    ours = common.AutoencoderKL().to(device).eval().to(memory_format=torch.channels_last)
+    ours.load_state_dict(theirs.state_dict())
+    latent = torch.randn(4, 4, 32, 32, device=device)
+
+    def decode():
+        with common.autocast(device, common.pick_precision("auto", device)):
+            return ours.decode(latent)
+
+    seconds = median_seconds({"ours": decode, "theirs": lambda: theirs.decode(latent / 0.18215).sample}, 3)
+    print(
+        f"VAE, 4 pictures decoded: {seconds['ours']:.1f} s, {seconds['theirs'] / seconds['ours']:.2f} x diffusers fp32"
+    )
+    for name in ("ours", "theirs"):
+        words = [sys.executable, __file__, f"vae_memory_{name}"]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        print(f"  peak memory of a process that decodes with {name}: {done.stdout.strip().splitlines()[-1]} GiB")
+
+
+def dit_sd_config():
+    widths = (128, 256, 512, 512)
+    blocks = {
+        f"{way}_block_types": (f"{way.title()}{part}Block2D",) * 4
+        for way, part in (("down", "Encoder"), ("up", "Decoder"))
+    }
+    return dict(block_out_channels=widths, layers_per_block=2, latent_channels=4, sample_size=256) | blocks
+
+
+@torch.no_grad()
+def bench_vae_memory_ours(device):
+    vae = common.AutoencoderKL().eval().to(memory_format=torch.channels_last)
+    with common.autocast(torch.device("cpu"), common.pick_precision("auto", torch.device("cpu"))):
+        vae.decode(torch.randn(4, 4, 32, 32))
+    print(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f}")
+
+
+@torch.no_grad()
+def bench_vae_memory_theirs(device):
+    import diffusers
+
+    diffusers.AutoencoderKL(**dit_sd_config()).eval().decode(torch.randn(4, 4, 32, 32))
+    print(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f}")
+
+
+def bench_text_sample(device):
+    words = [sys.executable, str(ROOT / "dit_t2i.py"), "sample", "a red car", "--num", "4"]
+    words += ["--weights", str(ROOT / "weights" / "dit_t2i.safetensors")]
+    with tempfile.TemporaryDirectory() as folder:
+        words += ["--out", str(Path(folder) / "x.png")]
+        seconds = median_seconds({"sample": lambda: subprocess.run(words, check=True, capture_output=True)}, 3)
+    print(f'python dit_t2i.py sample "a red car" --num 4, the whole process: {seconds["sample"]:.1f} s')
+
+
+def bench_text_solvers(device):
+    """Distance to the solution in 1,000 steps of Heun, over 8 prompts, without rounding."""
+    model, config, header = dit_t2i.load_model(ROOT / "weights" / "dit_t2i.safetensors", device)
+    words = dit_t2i.Words(header["text"]["words"], header["text"]["length"])
+    text, null = words([f"a {colour} car" for colour in dit_t2i.HUES]), words([""])
+
+    def draw(solver, steps):
+        options = dit_t2i.SampleConfig(num=1, cfg=config.cfg, precision="fp32", solver=solver, steps=steps)
+        return dit_t2i.sample(model, options, text, null, (3, config.image_size, config.image_size))
+
+    exact = draw("heun", 1000)
+    for solver, steps in (("euler", 14), ("euler", 28), ("adams", 14), ("adams", 28), ("heun", 14)):
+        away = (draw(solver, steps) - exact).square().mean().sqrt()
+        print(f"{solver} in {steps} steps: {away:.4f} from the solution")
+
+
+NAMES = "attention demo paper sample data text_demo text_paper text_vae text_sample text_solvers"
+
 if __name__ == "__main__":
     common.keep_freed_memory()
-    chosen = sys.argv[1:] or ["attention", "demo", "paper", "sample", "data"]
+    chosen = sys.argv[1:] or NAMES.split()
     for name in chosen:
         globals()[f"bench_{name}"](common.pick_device("auto"))

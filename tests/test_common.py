@@ -106,11 +106,15 @@ def test_solver_asks_for_the_velocity_at_the_right_times():
 
 
 def test_learning_rate_rises_then_falls():
-    assert common.lr_factor(0.0, 0.1, "cosine") == 0 and common.lr_factor(0.05, 0.1, "cosine") == pytest.approx(0.5)
-    assert common.lr_factor(0.1, 0.1, "cosine") == pytest.approx(1)
-    assert common.lr_factor(0.55, 0.1, "cosine") == pytest.approx(0.5)
-    assert common.lr_factor(1.0, 0.1, "cosine") == pytest.approx(0, abs=1e-12)
-    assert common.lr_factor(0.9, 0.1, "none") == 1
+    def factor(progress, warmup=0.1, decay="cosine", step=0):
+        return common.lr_factor(progress, step, warmup, decay)
+
+    assert factor(0.0) == 0 and factor(0.05) == pytest.approx(0.5)
+    assert factor(0.1) == pytest.approx(1) and factor(0.55) == pytest.approx(0.5)
+    assert factor(1.0) == pytest.approx(0, abs=1e-12)
+    assert factor(0.9, decay="none") == 1 and factor(0.0, 0.0) == 1
+    # From 1 on, the warm-up counts steps.
+    assert [factor(0.0, 4, "none", step) for step in range(5)] == [0.25, 0.5, 0.75, 1, 1]
 
 
 def test_ema_is_the_weighted_sum_it_claims_to_be():
@@ -234,14 +238,15 @@ def test_drawn_face_is_the_same_at_any_size():
 
 def test_faces_are_kept_and_drawn_anew_when_the_drawing_changes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    faces = common.draw_faces(12, 16)
+    faces = common.draw_set(common.draw_face, 12, 16)
     kept = list((tmp_path / "data").iterdir())
     assert len(kept) == 1 and faces.pictures.shape == (12, 3, 16, 16) and len(faces.captions) == len(faces.tags) == 12
     assert np.array_equal(faces.pictures[9].permute(1, 2, 0).numpy(), np.asarray(common.draw_face(9, 16)[0]))
     stamp = kept[0].stat().st_mtime_ns
-    assert torch.equal(common.draw_faces(12, 16).pictures, faces.pictures) and kept[0].stat().st_mtime_ns == stamp
+    assert torch.equal(common.draw_set(common.draw_face, 12, 16).pictures, faces.pictures)
+    assert kept[0].stat().st_mtime_ns == stamp
     monkeypatch.setattr(common, "SKINS", {"blue": "#0000ff"})
-    assert not torch.equal(common.draw_faces(12, 16).pictures, faces.pictures)
+    assert not torch.equal(common.draw_set(common.draw_face, 12, 16).pictures, faces.pictures)
 
 
 def test_there_are_more_than_a_million_different_faces():

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import common
+import dit_t2i
 import jit_lab
 from common import UserError
 
@@ -76,7 +77,7 @@ def test_interrupted_run_resumes_to_the_same_bits(train, tmp_path, monkeypatch, 
 
 
 def test_killed_run_resumes_to_the_same_bits(train, folder, tmp_path):
-    train(tmp_path / "whole", steps=60, checkpoint_every=3)
+    train(tmp_path / "whole", steps=60, checkpoint_every=3, lab_noise=jit_lab.PRESETS["demo"]["lab_noise"])
     flags = [*TINY_FLAGS, "--data", folder, "--batch-size", 8, "--steps", 60, "--checkpoint-every", 3]
     flags += ["--out", tmp_path / "killed", "--device", "cpu", "--precision", "fp32", "--lr", 1e-3]
     words = [sys.executable, str(ROOT / "jit_lab.py"), "train", *map(str, flags)]
@@ -293,14 +294,15 @@ def test_readme_names_only_what_exists():
     readme = (ROOT / "README.md").read_text()
     for path in re.findall(r"\]\(([^)#:]+)\)|src=\"([^\":]+)\"", readme):
         assert (ROOT / (path[0] or path[1])).exists(), path
-    flags = {
-        "--" + f.replace("_", "-") for c in (jit_lab.Config, jit_lab.NoveltyConfig) for f in c.__dataclass_fields__
-    }
-    for line in re.findall(r"python jit_lab\.py [^\n`]*", readme):
-        used = set(re.findall(r"--[a-z-]+", line))
-        assert used <= flags | {"--preset", "--help"}, line
-    for function in re.findall(r"`jit_lab\.([A-Za-z_]+)`", readme):
-        assert hasattr(jit_lab, function), function
+    for name, module in (("jit_lab", jit_lab), ("dit_t2i", dit_t2i)):
+        fields = {field for _, config, *_ in module.VERBS.values() for field in config.__dataclass_fields__}
+        flags = {"--" + field.replace("_", "-") for field in fields} | {"--preset", "--help"}
+        lines = re.findall(rf"python {name}\.py ([a-z]+)([^\n`]*)", readme)
+        assert lines
+        for verb, rest in lines:
+            assert verb in module.VERBS and set(re.findall(r"--[a-z-]+", rest)) <= flags, rest
+        for function in re.findall(rf"`{name}\.([A-Za-z_]+)`", readme):
+            assert hasattr(module, function), function
     for function in re.findall(r"`common\.([A-Za-z_]+)`", readme):
         assert hasattr(common, function), function
 

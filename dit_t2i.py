@@ -1,0 +1,1564 @@
+"""Text to image with a dual-stream diffusion transformer: from words, or CLIP, to pixels, or Stable Diffusion latents.
+
+The system of the write-up "Diffusion From Scratch", from data to picture in this one file. t = 0 is DATA and t = 1 is
+NOISE, as in the write-up: z_t = (1 - t) data + t noise, and the network's velocity points from data to noise.
+
+    python dit_t2i.py sample "a red car" --num 4               from the run's weights, else from weights/
+    python dit_t2i.py train                                    ten minutes on two CPU cores, drawn scenes
+    python dit_t2i.py train --data emoji --minutes 100         hundreds of things in eleven colours
+    python dit_t2i.py evaluate                                 colours and things never seen together: right or wrong?
+    python dit_t2i.py prepare --data DIR --out SHARDS --vae VAE --clip CLIP
+    python dit_t2i.py train --preset paper --data SHARDS       the write-up's 258M parameters
+"""
+
+import copy
+import dataclasses
+import difflib
+import functools
+import gzip
+import itertools
+import json
+import math
+import random
+import re
+import sys
+import unicodedata
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageColor, ImageDraw, ImageFont
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+import common
+from common import (
+    Collage,
+    RMSNorm,
+    Run,
+    UserError,
+    apply_rope,
+    arc,
+    attention,
+    autocast,
+    flow_point,
+    generator,
+    load_into,
+    load_tensors,
+    mix,
+    modulate,
+    option,
+    oval,
+    pair,
+    rope_2d,
+    sincos_table,
+    timestep_embedding,
+)
+
+# ----------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclasses.dataclass
+class Config(common.TrainConfig):
+    """The demo's values; PRESETS holds what the paper preset changes."""
+
+    # Data
+    data: str = option(
+        "drawn", "drawn: scenes; emoji: the system's emoji; a folder of captioned pictures, or of shards"
+    )
+    image_size: int = option(64, "side of the training pictures in pixels", low=8)
+    vae: str = option("", "weights of the VAE in whose latents to work (default: none, pixels)")
+    flip: float = option(0.0, "how often a picture is mirrored; 'left of' does not survive it", low=0.0, high=1.0)
+    epochs: int | None = option(None, "stop after so many passes over the data", low=1)
+    # Text
+    encoder: str = option("words", "of captions: words, a table that is learned, or CLIP", choices=("words", "clip"))
+    clip: str = option("", "CLIP ViT-L/14: a Hugging Face folder, or its weights beside its tokenizer files")
+    max_words: int = option(16, "longest caption that the word table's model can read", low=1)
+    null_prob: float = option(0.1, "how often a caption is left out, for guidance", low=0.0, high=1.0)
+    # Model
+    patch_size: int = option(8, "side of a token's patch in pixels, or latent cells", low=1)
+    depth: int = option(6, "number of dual-stream layers", low=1)
+    num_heads: int = option(5, "attention heads", low=1)
+    head_dim: int = option(64, "width of a head, split between height and width", low=4)
+    text_dim: int = option(256, "width of a caption's tokens as the encoder gives them", low=1)
+    # Objective
+    predict: str = option(
+        "data", "what the last layer says: data (in pixels) or velocity", choices=("data", "velocity")
+    )
+    time_mean: float = option(0.4, "of the normal whose sigmoid is t; above 0: mostly noise")
+    time_std: float = option(1.0, "its spread", low=0.0)
+    time_min: float = option(0.05, "least training t, by which a prediction of data is divided", low=0.0, high=1.0)
+    # Sampling
+    cfg: float = option(3.0, "guidance of the pictures made while training, and default of sample", low=0.0)
+
+
+PRESETS = {
+    "demo": dict(minutes=10.0, batch_size=64, lr=2e-3),
+    # The write-up's: batch 128, 200 epochs, AdamW at 1e-4 after 2,000 steps of warm-up, clipping at 1, EMA 0.9995.
+    "paper": dict(
+        epochs=200,
+        image_size=256,
+        batch_size=128,
+        lr=1e-4,
+        warmup=2000.0,
+        decay="none",
+        beta2=0.999,
+        ema=0.9995,
+        flip=0.5,
+        encoder="clip",
+        patch_size=2,
+        depth=12,
+        num_heads=12,
+        text_dim=768,
+        predict="velocity",
+        time_mean=0.0,
+        time_min=0.0,
+        checkpoint_every=1000,
+        cfg=4.0,
+    ),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Emoji: a colour font is a picture book in which every picture has a name. One tints its pictures, to learn colours.
+
+COLOURS = {"red": "#e0262b", "orange": "#f5841f", "yellow": "#f6d21b", "green": "#35a83a", "teal": "#12b5ae"}
+COLOURS |= {"blue": "#2b62e3", "purple": "#8a3fd1", "pink": "#f562b4"}
+HUES = list(COLOURS)  # the eight that a hue alone tells apart
+COLOURS |= {"brown": "#7d4a26", "grey": "#8c8c8c", "black": "#1f1f23"}
+EMOJI_FONTS = ("NotoColorEmoji.ttf", 109), ("Apple Color Emoji.ttc", 160), ("seguiemj.ttf", 109)
+EMOJI_VIEWS = 4  # pictures of each emoji: one straight, the others a little smaller, moved and tilted
+
+# Unicode names that are no thing one could draw, or that speak of a colour.
+NO_THINGS = set(
+    "sign symbol arrow arrows circled squared square circle triangle indicator clock modifier component mark ornament "
+    "keycap button ideograph input silhouette ballot multiplication loop vertical dash lower off no japanese facing "
+    "white red green blue orange yellow brown purple black person man men woman women people family bust busts "
+    "speaker adult older child prince pregnant feeding compression closet".split()
+)
+# Unicode's names are an engineer's; these are what one would call the thing.
+CALLED = {
+    "automobile": "car", "oncoming automobile": "car", "red apple": "apple", "heavy black heart": "heart",
+    "white medium star": "star", "glowing star": "star", "black telephone": "telephone", "deciduous tree": "tree",
+    "evergreen tree": "fir tree", "house building": "house", "hot beverage": "coffee", "lady beetle": "ladybug",
+    "electric light bulb": "light bulb", "jack-o-lantern": "pumpkin", "black sun with rays": "sun",
+    "black scissors": "scissors", "wrapped present": "present", "personal computer": "laptop",
+    "umbrella with rain drops": "umbrella", "high-heeled shoe": "high heel", "articulated lorry": "truck",
+    "delivery truck": "truck", "fire engine": "fire truck", "slice of pizza": "pizza", "ear of maize": "corn",
+    "hocho": "knife", "white flower": "flower stamp", "closed lock with key": "padlock", "lock": "padlock",
+    "extraterrestrial alien": "alien", "honeybee": "bee", "soft ice cream": "ice cream cone", "gem stone": "gem",
+    "dromedary camel": "camel", "mans shoe": "shoe", "womans hat": "sun hat", "womans boots": "boot",
+    "womans sandal": "sandal", "womans clothes": "blouse", "waving black flag": "flag", "pot of food": "stew",
+    "steaming bowl": "noodles", "automated teller machine": "cash machine", "father christmas": "santa claus",
+    "police cars revolving light": "siren", "ball of yarn": "yarn", "bar of soap": "soap", "glass of milk": "milk",
+    "hibiscus": "flower", "meat on bone": "meat", "cut of meat": "steak", "reminder ribbon": "loop of ribbon",
+}  # fmt: skip
+# Never shown in any of the eight hues while training: that these can be asked for is what `evaluate` measures.
+HELD_OUT = (
+    "dog elephant owl butterfly snail mushroom strawberry pear carrot cactus tulip key bell hammer guitar umbrella "
+    "balloon sailboat helicopter bicycle teapot crown scarf chair candle".split()
+)
+
+
+@functools.cache
+def emoji_font():
+    """The system's colour-emoji font. Raises UserError where there is none."""
+    for name, size in EMOJI_FONTS:
+        try:
+            return ImageFont.truetype(name, size)
+        except OSError:
+            continue
+    raise UserError("no colour-emoji font found; install the package fonts-noto-color-emoji (Debian and Ubuntu)")
+
+
+def emoji_name(character):
+    """What one would call an emoji, in plain words; "" for those that are no things or have no short name."""
+    name = unicodedata.name(character, "").lower()
+    if name in CALLED:
+        return CALLED[name]
+    words = re.findall(r"[a-z]+|[0-9]", name)
+    return "" if len(words) > 2 or NO_THINGS & set(words) else " ".join(words)
+
+
+@functools.cache
+def emoji_things():
+    """[(character, name)] of all emoji that the font can draw and that have a name."""
+    blocks = *range(0x2300, 0x2C00), *range(0x1F300, 0x1FB00)
+    named = [(chr(point), emoji_name(chr(point))) for point in blocks]
+    return [(character, name) for character, name in named if name and emoji_font().getmask(character).getbbox()]
+
+
+def draw_emoji(seed, size):
+    """(RGBA picture size x size, name, no tags): view seed // count of emoji seed % count."""
+    things, rng = emoji_things(), random.Random(seed)
+    view, index = divmod(seed, len(things))
+    character, name = things[index]
+    width = 2 * emoji_font().size
+    strike = Image.new("RGBA", (width, width))
+    ImageDraw.Draw(strike).text((width // 2,) * 2, character, font=emoji_font(), embedded_color=True, anchor="mm")
+    strike = strike.crop(strike.getbbox())
+    scale, shift = 0.94, (0.0, 0.0)
+    if view:
+        strike = strike.rotate(rng.uniform(-8, 8), Image.Resampling.BICUBIC, expand=True)
+        scale, shift = rng.uniform(0.78, 0.92), (rng.uniform(-0.04, 0.04), rng.uniform(-0.04, 0.04))
+    side = round(max(strike.size) / scale)
+    picture = Image.new("RGBA", (side, side))
+    at = [round((side - length) / 2 + side * move) for length, move in zip(strike.size, shift)]
+    picture.paste(strike, tuple(at))
+    return picture.resize((size, size), Image.Resampling.LANCZOS), name, []
+
+
+def with_article(words):
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def rgb_of(names):
+    """Names of COLOURS -> (B, 3, 1, 1) in [0, 1]."""
+    table = [[int(COLOURS[name][i : i + 2], 16) / 255 for i in (1, 3, 5)] for name in names]
+    return torch.tensor(table).view(-1, 3, 1, 1)
+
+
+def luma(rgb):
+    """(B, 3, H, W) -> (B, 1, H, W): how bright it looks (ITU-R BT.601)."""
+    return (rgb * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(dim=1, keepdim=True)
+
+
+def tint(rgba, colour):
+    """Pictures (B, 4, H, W) in [0, 1] in a colour (B, 3, 1, 1): shading stays, and what has no colour stays grey.
+
+    The brightness at which most of the coloured part lies becomes the colour itself; darker parts run towards black
+    and brighter ones towards white. A picture that has next to no colour of its own is tinted all over.
+    """
+    rgb, alpha = rgba[:, :3], rgba[:, 3:]
+    coloured = (4 * (rgb.amax(dim=1, keepdim=True) - rgb.amin(dim=1, keepdim=True))).clamp(max=1)  # (B, 1, H, W)
+    enough = (coloured * alpha).sum(dim=(2, 3), keepdim=True) > 0.3 * alpha.sum(dim=(2, 3), keepdim=True)
+    coloured = torch.where(enough, coloured, 1.0)
+    weight, bright = coloured * alpha, luma(rgb)
+    pivot = (bright * weight).sum(dim=(2, 3), keepdim=True) / weight.sum(dim=(2, 3), keepdim=True)
+    pivot = pivot.clamp(0.1, 0.9)
+    # From -1, black, over 0, the colour itself, to 1, white: not all the way, so that no hue is lost at either end.
+    level = torch.where(bright < pivot, bright / pivot - 1, (bright - pivot) / (1 - pivot))
+    end = torch.where(level < 0, 0.25 * colour, 0.2 * colour + 0.8)
+    return torch.cat((torch.lerp(rgb, torch.lerp(colour, end, level.abs()), coloured), alpha), dim=1)
+
+
+class EmojiSet:
+    """Every emoji as it is and in every colour, on white and on pastel grounds, captioned "a teal fish on a pink
+    background". `pairs` are the (emoji, colour) to show; None is its own colour."""
+
+    def __init__(self, size, held_out=False):
+        things = [name for _, name in emoji_things()]
+        self.rgba = common.draw_set(draw_emoji, EMOJI_VIEWS * len(things), size).pictures
+        self.names = things
+        # An emoji's own colours count four times, so that they make up about a quarter.
+        pairs = [(i, colour) for i in range(len(things)) for colour in [None] * 4 + list(COLOURS)]
+        kept_back = {(i, hue) for i, name in enumerate(things) if name in HELD_OUT for hue in HUES}
+        self.pairs = sorted(kept_back) if held_out else [pair for pair in pairs if pair not in kept_back]
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def caption(self, i):
+        """Of pair i, on white."""
+        index, colour = self.pairs[i]
+        return with_article(" ".join(filter(None, [colour, self.names[index]])))
+
+    def batch(self, index, draw):
+        """Pairs `index` -> (pictures (B, 3, S, S) in [-1, 1], captions). Views and grounds come from `draw`."""
+        emoji = torch.tensor([self.pairs[i][0] for i in index])
+        colours = [self.pairs[i][1] for i in index]
+        view = torch.randint(EMOJI_VIEWS, (len(index),), generator=draw)
+        rgba = self.rgba[view * len(self.names) + emoji] / 255
+        own = torch.tensor([colour is None for colour in colours]).view(-1, 1, 1, 1)
+        rgba = torch.where(own, rgba, tint(rgba, rgb_of([colour or "grey" for colour in colours])))
+        ground, captions = torch.ones(len(index), 3, 1, 1), [self.caption(i) for i in index]
+        choice = torch.randint(2 * len(HUES), (len(index),), generator=draw).tolist()
+        for row, hue in enumerate(choice):  # half of them on white, and never blue on blue
+            if hue < len(HUES) and HUES[hue] != colours[row]:
+                ground[row] = 0.45 * rgb_of([HUES[hue]]) + 0.55
+                captions[row] += f" on {with_article(HUES[hue])} background"
+        return (ground + rgba[:, 3:] * (rgba[:, :3] - ground)) * 2 - 1, captions
+
+    def all_captions(self):
+        """A few captions that hold every word of all."""
+        longest = max(self.names, key=lambda name: len(name.split()))
+        return [*self.names, *COLOURS, f"a red {longest} on a blue background"]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Drawn scenes: the default data. Paper cut-outs, like the faces of common.py: outlines are control points of a smooth
+# closed curve, a point given twice is a sharp corner, and the picture reaches from -1 to 1 both ways, y downwards.
+
+
+def sharp(*points):
+    """An outline with corners at all points."""
+    return [point for point in points for _ in range(2)]
+
+
+def box(x, y, rx, ry):
+    return sharp((x - rx, y - ry), (x + rx, y - ry), (x + rx, y + ry), (x - rx, y + ry))
+
+
+def ring(count, radius, start=0.0):
+    """`count` points on a circle around (0, 0), the first `start` turns past the top."""
+    turns = [2 * math.pi * (start + k / count) for k in range(count)]
+    return [(radius * math.sin(a), -radius * math.cos(a)) for a in turns]
+
+
+# Name -> cut-outs, from far to near. "body" is the colour that the caption names, "shade" and "light" are its kin,
+# "hole" shows the ground; all else keeps its own colour. To invent an object, add a row.
+# fmt: off
+WOOD, INK, GLASS, CREAM, LEAF = "#80583a", "#33303c", "#d6ecf8", "#fff1cf", "#4d9a4a"
+WHEELS = [*pair(INK, oval(.5, .42, .22, .22)), *pair("#d9d9e2", oval(.5, .42, .09, .09))]
+OBJECTS = {
+    "car": [("body", [(-.95, .05), (-.95, .05), (-.55, -.02), (-.42, -.5), (.3, -.5), (.52, -.02), (.95, .05),
+                      (.98, .45), (.9, .45), (-.9, .45), (-.98, .45)]),
+            (GLASS, sharp((-.45, -.02), (-.34, -.33), (-.06, -.33), (-.06, -.02))),
+            (GLASS, sharp((.04, -.02), (.04, -.33), (.24, -.33), (.4, -.02))), ("light", oval(.86, .16, .07, .07)),
+            *WHEELS],
+    "bus": [("body", box(0, -.02, .95, .44)), ("shade", box(0, .3, .95, .12)), *WHEELS,
+            *[(GLASS, box(x, -.16, .15, .16)) for x in (-.68, -.23, .22, .67)]],
+    "house": [("body", box(0, .38, .62, .46)), ("shade", sharp((-.85, -.04), (0, -.85), (.85, -.04))),
+              (WOOD, box(-.22, .54, .15, .3)), (CREAM, box(.27, .32, .16, .16)), ("shade", box(.27, .32, .16, .02))],
+    "tree": [(WOOD, box(0, .6, .11, .36)), ("body", oval(-.36, .08, .38, .34)), ("body", oval(.36, .08, .38, .34)),
+             ("body", oval(0, -.34, .52, .5)), ("light", oval(-.16, -.46, .16, .14))],
+    "boat": [(WOOD, box(0, -.2, .04, .6)), ("light", sharp((.1, -.8), (.1, .22), (.72, .22))),
+             ("light", sharp((-.1, -.6), (-.1, .22), (-.56, .22))),
+             ("body", sharp((-.95, .32), (.95, .32), (.6, .8), (-.6, .8))), ("shade", box(0, .38, .88, .05))],
+    "fish": [("shade", sharp((-.4, 0), (-.95, -.44), (-.8, 0), (-.95, .44))), ("shade", sharp((-.1, -.3),
+             (.2, -.66), (.3, -.3))),
+             ("body", oval(.14, 0, .68, .44)), ("shade", oval(-.06, .08, .16, .12)),
+             ("#ffffff", oval(.5, -.1, .13, .13)),
+             (INK, oval(.53, -.1, .07, .07))],
+    "cat": [("shade", [(.3, .8), (.8, .8), (.95, .2), (.8, .1), (.7, .5), (.3, .6)]), ("body", oval(0, .5, .44, .44)),
+            *pair("body", sharp((.42, -.86), (.46, -.2), (.06, -.5))), ("body", oval(0, -.2, .5, .42)),
+            ("light", oval(0, .6, .22, .26)), *pair(INK, oval(.2, -.24, .07, .1)),
+            ("#f08ba0", oval(0, -.08, .07, .05))],
+    "flower": [(LEAF, box(0, .5, .05, .46)), (LEAF, [(0, .8), (0, .8), (.45, .45), (.4, .75)]),
+               *[("body", oval(x, y - .28, .24, .24)) for x, y in ring(6, .36)], (CREAM, oval(0, -.28, .21, .21))],
+    "star": [("body", sharp(*[p for a, b in zip(ring(5, .95), ring(5, .42, .1)) for p in (a, b)]))],
+    "heart": [("body", [(0, .8), (0, .8), (-.98, .05), (-.95, -.72), (-.3, -.8), (0, -.32), (0, -.32), (.3, -.8),
+                        (.95, -.72), (.98, .05)]), ("light", oval(-.48, -.36, .12, .12))],
+    "sun": [*[("shade", sharp(a, b, c)) for a, b, c in zip(ring(9, .95), ring(9, .55, .04), ring(9, .55, -.04))],
+            ("body", oval(0, 0, .56, .56)), *pair(INK, oval(.2, -.08, .06, .09)), (INK, arc(0, .18, .2, .1, .07))],
+    "moon": [("body", [(.3, -.9), (.3, -.9), (-.5, -.85), (-.95, 0), (-.5, .85), (.3, .9), (.3, .9), (-.15, .5),
+             (-.3, 0),
+                       (-.15, -.5)])],
+    "cup": [("shade", oval(.58, .08, .32, .3)), ("hole", oval(.58, .08, .17, .16)),
+            ("body", sharp((-.65, -.4), (.5, -.4), (.4, .62), (-.55, .62))), (WOOD, oval(-.07, -.4, .56, .13)),
+            ("light", box(-.38, .12, .05, .26))],
+    "umbrella": [(INK, box(0, .2, .035, .6)), (INK, arc(.12, .76, .12, .1, .09)),
+                 ("body", [(-.92, .05), (-.92, .05), (-.85, -.8), (0, -.98), (.85, -.8), (.92, .05), (.92, .05),
+                 (.6, -.1),
+                           (.3, .06), (.3, .06), (0, -.08), (-.3, .06), (-.3, .06), (-.6, -.1)]),
+                 ("shade", [(-.3, .06), (-.3, .06), (-.25, -.6), (0, -.86), (.25, -.6), (.3, .06), (.3, .06),
+                 (0, -.08)])],
+    "balloon": [(INK, arc(0, .78, .04, .02, .42)), ("shade", sharp((0, .4), (-.12, .56), (.12, .56))),
+                ("body", oval(0, -.2, .56, .66)), ("light", oval(-.2, -.46, .11, .16))],
+    "apple": [("body", oval(-.26, .14, .48, .6)), ("body", oval(.26, .14, .48, .6)), (WOOD, box(.03, -.56, .05, .2)),
+              (LEAF, [(.06, -.5), (.06, -.5), (.3, -.95), (.62, -.66), (.62, -.66), (.4, -.5)]),
+              ("light", oval(-.38, -.08, .11, .15))],
+    "mushroom": [(CREAM, [(-.22, 0), (-.22, 0), (.22, 0), (.22, 0), (.3, .7), (.1, .82), (-.1, .82), (-.3, .7)]),
+                 ("body", [(-.92, .12), (-.92, .12), (-.85, -.75), (0, -.95), (.85, -.75), (.92, .12), (.92, .12),
+                 (0, .3)]),
+                 *[("#ffffff", oval(x, y, r, r)) for x, y, r in ((-.4, -.2, .14), (.1, -.45, .15), (.48, -.1, .12))]],
+    "bird": [("#f0a330", sharp((.6, -.42), (.98, -.26), (.6, -.14))), ("shade", sharp((-.4, .1), (-.98, -.1),
+             (-.85, .35))),
+             ("body", oval(-.05, .18, .6, .42)), ("body", oval(.38, -.3, .34, .32)), (INK, oval(.46, -.36, .07, .07)),
+             ("shade", [(-.4, .05), (.2, 0), (.3, .2), (-.1, .45), (-.6, .3)]),
+             *[(WOOD, box(x, .7, .03, .16)) for x in (-.1, .14)]],
+    "rocket": [("#f5a03c", sharp((-.2, .6), (0, .98), (.2, .6))), *pair("shade", sharp((.26, .1), (.6, .66),
+               (.26, .55))),
+               ("body", [(0, -.98), (0, -.98), (.36, -.6), (.34, .6), (.34, .6), (-.34, .6), (-.34, .6), (-.36, -.6)]),
+               ("light", oval(0, -.28, .21, .21)), (GLASS, oval(0, -.28, .15, .15))],
+    "butterfly": [*pair("body", [(.05, -.05), (.05, -.05), (.3, -.9), (.95, -.9), (.9, -.2), (.4, .05)]),
+                  *pair("shade", [(.05, .02), (.05, .02), (.6, .05), (.85, .5), (.45, .85), (.2, .5)]),
+                  *pair("light", oval(.55, -.48, .15, .15)), (INK, oval(0, 0, .07, .5))],
+    "hat": [("shade", oval(0, .45, .92, .2)), ("body", [(-.5, .5), (-.5, .5), (-.55, -.75), (0, -.62), (.55, -.75),
+            (.5, .5),
+                                                        (.5, .5), (0, .6)]), ("light", box(0, .26, .48, .09))],
+    "bell": [("shade", oval(0, .66, .18, .18)), ("shade", oval(0, -.82, .13, .13)),
+             ("body", [(-.8, .6), (-.8, .6), (-.5, .3), (-.5, -.75), (0, -.85), (.5, -.75), (.5, .3), (.8, .6),
+             (.8, .6)]),
+             ("light", [(-.3, .3), (-.34, -.4), (-.2, -.55), (-.16, .3)])],
+}
+# What stands behind, and how a caption says it: the colour of the ground, the cut-outs upon it.
+PLACES = {
+    "in the grass": ("#cfeaf7", [("#7cc46a", [(-2, .2), (-.6, .05), (.4, .25), (2, 0), (2, 2), (-2, 2)])]),
+    "on the sea": ("#dff1fb", [("#5ea6dd", box(0, 1.1, 2, .9)),
+    *[("#8cc4ec", arc(x, .5 + x * x / 2, .3, .05, .05)) for x in (-.6, .5)]]),
+    "in the snow": ("#bcd8ee", [("#ffffff", [(-2, .1), (-.3, .3), (.8, .05), (2, .3), (2, 2), (-2, 2)])]),
+    "in the desert": ("#fbe9c6", [("#e8c07a", [(-2, .3), (-.5, .05), (.6, .35), (2, .1), (2, 2), (-2, 2)])]),
+    "at night": ("#2b2d55", [("#fff6c8", oval(x, y, .03, .03)) for x, y in ((-.8, -.7), (-.3, -.9), (.2, -.6),
+    (.7, -.85), (.9, -.3),
+                                                                          (-.9, -.1), (-.6, .5), (.8, .4))]),
+}
+# fmt: on
+SIDES = {"on the left": (-0.45, 0), "on the right": (0.45, 0), "at the top": (0, -0.45), "at the bottom": (0, 0.45)}
+RELATIONS = {"left of": (-0.48, 0), "right of": (0.48, 0), "above": (0, -0.48), "below": (0, 0.48)}
+
+
+def far_apart(one, other, least=110):
+    """Can two colours, (R, G, B) each, be told apart at a glance?"""
+    return sum(abs(a - b) for a, b in zip(one, other)) >= least
+
+
+def draw_scene(seed, size):
+    """Scene number `seed`: (RGB picture size x size, caption, names of its objects)."""
+    rng = random.Random(seed)
+    paint = {name: ImageColor.getrgb(code) for name, code in COLOURS.items()}
+    kind = rng.random()
+    if kind < 0.25:
+        where, (ground, backdrop) = rng.choice(list(PLACES.items()))
+        ground = ImageColor.getrgb(ground)
+    else:  # a pastel ground, named half of the time, or plain white
+        hue = rng.choice([*HUES, "white"])
+        ground, backdrop = mix(paint.get(hue, (255, 255, 255)), (255, 255, 255), 0.55), []
+        where = f"on {with_article(hue)} background" if kind < 0.6 and hue != "white" else ""
+    seen = [ground] + [ImageColor.getrgb(cutouts) for cutouts, _ in backdrop]
+    colours = [name for name, rgb in paint.items() if name not in where and all(far_apart(rgb, a) for a in seen)]
+
+    two = rng.random() < 0.25
+    words, places = [], [(0.0, 0.0)]
+    names = [rng.choice(list(OBJECTS))]
+    if two:
+        relation, offset = rng.choice(list(RELATIONS.items()))
+        names.append(rng.choice([name for name in OBJECTS if name != names[0]]))
+        places = [offset, (-offset[0], -offset[1])]
+        scales = [0.42, 0.42]
+    else:
+        how, scales = rng.choice([("", [0.62]), ("", [0.62]), ("small", [0.36]), ("big", [0.86])])
+        side = ""
+        if how == "small" and rng.random() < 0.6:
+            side, places[0] = rng.choice(list(SIDES.items()))
+    image = Image.new("RGB", (4 * size, 4 * size), ground)  # four times too large: shrinking it smooths the edges
+    Collage(image, {}).paste(backdrop)
+    for name, (x, y), scale in zip(names, places, scales):
+        colour = rng.choice(colours)
+        body = tuple(min(255, max(0, channel + rng.randint(-8, 8))) for channel in paint[colour])
+        relatives = {"body": body, "shade": mix(body, (40, 20, 60), 0.25), "light": mix(body, (255, 255, 255), 0.6)}
+        x, y, scale = x + rng.uniform(-0.03, 0.03), y + rng.uniform(-0.03, 0.03), scale * rng.uniform(0.94, 1.02)
+        layer = Collage(image, relatives | {"hole": ground}, x, y, scale, rng.uniform(-0.1, 0.1))
+        layer.paste(
+            [(mix(ground, (40, 20, 60), 0.2), outline) for part, outline in OBJECTS[name] if part != "hole"], 0.07
+        )
+        layer.paste(OBJECTS[name])
+        words.append(f"{with_article(colour)} {name}")
+    if two:
+        caption = f"{words[0]} {relation} {words[1]}"
+    else:
+        caption = f"a {how} {words[0].split(' ', 1)[1]} {side}" if how else words[0]
+    return image.reduce(4), " ".join(f"{caption} {where}".split()), names
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Data sets: what training asks them is batch(index, draw) -> (pictures or latents (B, C, H, W), captions or their
+# encodings), and how many they have.
+
+
+class PictureSet:
+    """Captioned pictures in memory: (N, 3, S, S) uint8, and N captions."""
+
+    def __init__(self, pictures, captions, flip=0.0):
+        self.pictures, self.captions, self.flip = pictures, captions, flip
+
+    def __len__(self):
+        return len(self.captions)
+
+    def caption(self, i):
+        return self.captions[i]
+
+    def batch(self, index, draw):
+        x = self.pictures[index] / 127.5 - 1
+        return mirror_some(x, self.flip, draw), [self.captions[i] for i in index]
+
+    def all_captions(self):
+        return self.captions
+
+
+def mirror_some(x, part, draw):
+    """Turn about `part` of the pictures, or latents, left to right."""
+    turned = torch.rand(len(x), generator=draw) < part
+    return torch.where(turned.view(-1, 1, 1, 1), x.flip(-1), x)
+
+
+SHARD = ("latents", "text")  # (n, C, H, W) and (n, T, D), both bfloat16
+SHARD_KEYS = ("vae", "clip", "image_size")  # what all shards of a folder have in common
+
+
+def open_shard(path):
+    """A shard that `prepare` wrote -> (its file, open and mapped, its header). Raises UserError if it is cut short."""
+    again = f"delete {path} and run prepare again"
+    try:
+        file = safe_open(path, "pt")
+        header = json.loads(file.metadata()["config"])
+        shapes = {name: file.get_slice(name).get_shape() for name in (*SHARD, "null")}
+        whole = all(shapes[name][0] == len(header["captions"]) == len(header["files"]) for name in SHARD)
+        if not whole or shapes["text"][1:] != shapes["null"][1:] or any(key not in header for key in SHARD_KEYS):
+            raise UserError(f"{path} is no whole shard: its tensors and its header disagree; {again}")
+        return file, header
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as problem:
+        raise UserError(f"{path} is no readable shard ({str(problem)[:100]}); {again}") from None
+
+
+class ShardSet:
+    """Latents and text embeddings that `prepare` wrote, read from disk as they are asked for.
+
+    safetensors maps the files into memory and reads the rows of a batch alone: the write-up's 200,000 samples take
+    27 GB of disk and next to nothing of memory.
+    """
+
+    def __init__(self, folder, flip=0.0):
+        self.flip, self.places, self.captions, headers = flip, [], [], []
+        for path in sorted(Path(folder).glob("shard_*.safetensors")):
+            file, header = open_shard(path)
+            headers.append(header)
+            self.places += [(file, row) for row in range(len(header["captions"]))]
+            self.captions += header["captions"]
+        if not self.places:
+            raise UserError(f"no samples in the shards of {folder}; run prepare again")
+        self.header = headers[0]
+        for header in headers:
+            if any(header[key] != self.header[key] for key in SHARD_KEYS):
+                raise UserError(f"the shards in {folder} differ in VAE, CLIP or size; prepare them anew")
+        self.null = self.places[0][0].get_tensor("null").float()
+
+    def __len__(self):
+        return len(self.places)
+
+    def caption(self, i):
+        return self.captions[i]
+
+    def batch(self, index, draw):
+        rows = [self.places[i] for i in index]
+        latents, text = (
+            torch.cat([file.get_slice(name)[row : row + 1] for file, row in rows]).float() for name in SHARD
+        )
+        return mirror_some(latents, self.flip, draw), text
+
+
+class Part:
+    """Some samples of a data set, as a data set."""
+
+    def __init__(self, whole, index):
+        self.whole, self.index = whole, index
+
+    def __len__(self):
+        return len(self.index)
+
+    def caption(self, i):
+        return self.whole.caption(self.index[i])
+
+    def batch(self, index, draw):
+        return self.whole.batch([self.index[i] for i in index], draw)
+
+
+def load_data(config):
+    """What --data names -> (all, training set, held-out set, lines about skipped files). Raises UserError."""
+    skipped = []
+    if config.data == "emoji":
+        everything = EmojiSet(config.image_size)
+        return everything, everything, EmojiSet(config.image_size, held_out=True), skipped
+    if config.data == "drawn":
+        scenes = common.draw_set(draw_scene, 20_000, config.image_size)
+        everything = PictureSet(scenes.pictures, scenes.captions, config.flip)
+    elif any(Path(config.data).glob("shard_*.safetensors")):
+        everything = ShardSet(config.data, config.flip)
+    else:
+        if config.vae:
+            raise UserError(f"--vae with a folder of pictures: encode it once, with prepare --data {config.data}")
+        pictures, paths, skipped = common.read_folder(config.data, config.image_size)
+        captions = common.read_captions(config.data)
+        good = [i for i, path in enumerate(paths) if path in captions]
+        skipped += [f"{path}: no caption" for path in paths if path not in captions]
+        if not good:
+            raise UserError(
+                f"no captions in {config.data}; write them into metadata.jsonl, or beside each picture as .txt"
+            )
+        everything = PictureSet(pictures[good], [captions[paths[i]][0] for i in good], config.flip)
+    # One in fifty, at most 1,000, is never trained on: its loss says which checkpoint is the best.
+    order = torch.randperm(len(everything), generator=generator(config.seed, 7)).tolist()
+    cut = max(1, min(1000, len(order) // 50))
+    if len(order) < 2:
+        raise UserError(
+            f"{config.data} holds a single captioned picture; two is the least, one to learn and one to check"
+        )
+    return everything, Part(everything, order[cut:]), Part(everything, order[:cut]), skipped
+
+
+def batch_index(config, count, step):
+    """Samples of optimizer step `step`: the data in a new order each epoch, as a function of the step alone."""
+    first = step * config.batch_size
+    return [epoch_order(config.seed, n // count, count)[n % count] for n in range(first, first + config.batch_size)]
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed, epoch, count):
+    return torch.randperm(count, generator=generator(seed, epoch, 5)).tolist()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Text encoders: what a model asks them is encoder(captions) -> (B, T) word numbers or (B, T, text_dim) states. The
+# encoding of "" is the null caption of guidance.
+
+
+class Words:
+    """Captions as numbers of words. The table that gives each word a vector is the model's own and is learned.
+
+    Articles go; the rest are looked up. Number 0 fills the caption up to `length`, so that "" is all zeros.
+    """
+
+    name = "words"
+
+    def __init__(self, vocabulary, length):
+        self.vocabulary, self.length = list(vocabulary), length
+        self.number = {word: i for i, word in enumerate(self.vocabulary, 1)}
+
+    @staticmethod
+    def split(caption):
+        return [word for word in re.findall(r"[^\W_]+", caption.lower()) if word not in ("a", "an", "the")]
+
+    @classmethod
+    def learn(cls, captions, most):
+        """The vocabulary of some captions, and the length of the longest, at most `most`."""
+        captions = [cls.split(caption) for caption in captions]
+        return cls(sorted({word for words in captions for word in words}), min(most, max(map(len, captions))))
+
+    def __call__(self, captions):
+        rows = [[self.number[word] for word in self.split(caption) if word in self.number] for caption in captions]
+        return torch.tensor([(row + [0] * self.length)[: self.length] for row in rows])
+
+    def complaints(self, caption):
+        """What of a caption is lost, in lines that say so."""
+        words, lines = self.split(caption), []
+        for word in words:
+            if word not in self.number:
+                near = difflib.get_close_matches(word, self.vocabulary, 3, 0.6)
+                lines.append(f"unknown word {word!r}" + (f"; near it are {', '.join(near)}" if near else ""))
+        known = sum(word in self.number for word in words)
+        if known > self.length:
+            lines.append(f"only the first {self.length} of {known} words of {caption!r} are read")
+        if words and not known:
+            raise UserError(f"no word of {caption!r} is known to these weights; {lines[0]}")
+        return lines
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Text encoders: CLIP
+#
+# The text half of CLIP ViT-L/14 (Radford et al. 2021, section 2.4) turns a caption into 77 vectors of width 768; it
+# stays frozen. ClipTokenizer cuts the caption into ids, ClipTextEncoder makes vectors of them, and both read the files
+# that CLIP_SOURCE publishes. Letters: B captions, T = 77 tokens, D = 768, h = 12 heads.
+
+CLIP_SOURCE = "openai/clip-vit-large-patch14"
+CLIP_LENGTH = 77  # tokens of a caption, its start and its end included
+CLIP_SPECIAL = ["<|startoftext|>", "<|endoftext|>"]
+
+# A word is an English contraction, a run of letters, one digit, or a run of whatever else is not space. CLIP says so
+# in Unicode's classes, which `re` lacks; this pattern sees an ASCII silhouette of the text (see ClipTokenizer.words).
+CLIP_WORD = re.compile(r"'(?:s|t|re|ve|m|ll|d)|[a-z]+|[0-9]|[^\sa-z0-9]+", re.ASCII)
+
+
+def byte_symbols():
+    """One visible character for each byte, in the order of their ids: printable Latin-1 stands for itself, and the 68
+    others (space, control codes...) borrow the letters from U+0100 on. So any bytes can be written as text."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}
+
+
+def silhouette(c):
+    """The ASCII character that stands for c in CLIP_WORD's eyes."""
+    if c.isascii():
+        return c
+    return " " if c.isspace() else {"L": "a", "N": "0"}.get(unicodedata.category(c)[0], "!")
+
+
+class ClipTokenizer:
+    """Text to ids by byte-pair encoding (Sennrich et al. 2016) with CLIP's published table of merges.
+
+    path: a folder with vocab.json and merges.txt, or tokenizer.json, or merges.txt(.gz) alone; or one of these files;
+    or the weight file beside them. Raises UserError if none is there or they contradict one another.
+    """
+
+    def __init__(self, path):
+        file = self.find(Path(path))
+        self.symbols, self.cache = byte_symbols(), {}
+        try:
+            vocab, merges = self.read(file)
+            if vocab is None:  # its order is known: bytes, bytes that end a word, merges, the two special tokens
+                merges = merges[:48_894]  # OpenAI's own file goes on
+                base = list(self.symbols.values())
+                order = [*base, *(symbol + "</w>" for symbol in base), *map("".join, merges), *CLIP_SPECIAL]
+                vocab = {symbol: i for i, symbol in enumerate(order)}
+                whole = len(merges) == 48_894
+            else:
+                whole = len(merges) >= len(vocab) - 2 * 256 - 2
+            unknown = [s for s in [*map("".join, merges), *CLIP_SPECIAL] if not isinstance(vocab.get(s), int)]
+            if unknown or not whole:
+                raise ValueError(f"no id for {unknown[0]}" if unknown else f"it ends after {len(merges)} merges")
+        except Exception as problem:  # there are many ways to be no tokenizer; to the user they are one
+            reason = str(problem).split("\n")[0][:120]
+            raise UserError(f"{file} is not CLIP's tokenizer ({reason}); get it anew from {CLIP_SOURCE}") from None
+        self.vocab = vocab
+        self.ranks = {pair: rank for rank, pair in enumerate(merges)}
+        self.start, self.end = (vocab[token] for token in CLIP_SPECIAL)
+
+    @staticmethod
+    def find(path):
+        """The file that holds the merges."""
+        if path.is_file() and path.suffix in (".txt", ".gz", ".json"):
+            return path.with_name("merges.txt") if path.name == "vocab.json" else path
+        folder = path.parent if path.is_file() else path
+        for place in (folder, folder / "tokenizer", folder.parent / "tokenizer"):  # diffusers gives it its own folder
+            for name in ("merges.txt", "merges.txt.gz", "tokenizer.json"):
+                if (place / name).is_file():
+                    return place / name
+        wanted = f"vocab.json and merges.txt, or tokenizer.json, of {CLIP_SOURCE}"
+        raise UserError(f"no CLIP tokenizer in {folder}: put {wanted} there")
+
+    @staticmethod
+    def read(file):
+        """(symbol -> id, or None where only merges are there; the merges in their order, each a pair of symbols)"""
+        if file.suffix == ".json":
+            content = json.loads(file.read_text("utf-8"))
+            lines, vocab = content["model"]["merges"], content["model"]["vocab"]
+            vocab = vocab | {token["content"]: token["id"] for token in content["added_tokens"]}
+        else:
+            text = (gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()).decode("utf-8")
+            lines = [line for line in text.splitlines() if line and "#version" not in line]
+            beside = file.with_name("vocab.json")
+            vocab = json.loads(beside.read_text("utf-8")) if beside.is_file() else None
+        pairs = [line.split() if isinstance(line, str) else line for line in lines]  # JSON has had both forms
+        return vocab, [(left, right) for left, right in pairs]
+
+    def __call__(self, texts):
+        """A list of B strings -> ids (B, 77): the start, at most 75 tokens of the text, then ends."""
+        ids = torch.full((len(texts), CLIP_LENGTH), self.end)
+        for row, text in zip(ids, texts):
+            tokens = [self.start, *self.encode(text)[: CLIP_LENGTH - 2]]
+            row[: len(tokens)] = torch.tensor(tokens)
+        return ids
+
+    def overflow(self, text):
+        """How many tokens of the text are cut off; 0 where all of it fits."""
+        return max(0, len(self.encode(text)) + 2 - CLIP_LENGTH)
+
+    def encode(self, text):
+        """All ids of a text, without start and end. A special token that is spelled out in the text is that token."""
+        ids = []
+        for part in re.split(f"({'|'.join(map(re.escape, CLIP_SPECIAL))})", text):
+            if part in CLIP_SPECIAL:
+                ids.append(self.vocab[part])
+            else:
+                ids += itertools.chain.from_iterable(map(self.word_ids, self.words(part)))
+        return ids
+
+    @staticmethod
+    def words(text):
+        """Composed (NFC), in lower case, cut into words. Lower case goes letter by letter: Python's for whole strings
+        writes a Greek sigma differently at a word's end, CLIP's does not."""
+        text = "".join(map(str.lower, unicodedata.normalize("NFC", text)))
+        return [text[slice(*match.span())] for match in CLIP_WORD.finditer("".join(map(silhouette, text)))]
+
+    def word_ids(self, word):
+        """Byte-pair encoding: of all pairs of neighbours merge the one that was learned first, until none is known."""
+        if word not in self.cache:
+            symbols = [self.symbols[byte] for byte in word.encode("utf-8", "replace")]
+            symbols[-1] += "</w>"
+            while len(symbols) > 1:
+                pair = min(itertools.pairwise(symbols), key=lambda pair: self.ranks.get(pair, len(self.ranks)))
+                if pair not in self.ranks:
+                    break
+                i = 0
+                while i < len(symbols) - 1:
+                    if (symbols[i], symbols[i + 1]) == pair:
+                        symbols[i : i + 2] = ["".join(pair)]
+                    i += 1
+            # The published vocabulary knows every byte; in a smaller one the end token stands for the unknown.
+            self.cache[word] = [self.vocab.get(symbol, self.end) for symbol in symbols]
+        return self.cache[word]
+
+
+class ClipLayer(nn.Module):
+    """A pre-norm transformer block: x += attention(norm(x)), x += mlp(norm(x)). Heads are 64 wide in every CLIP."""
+
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.self_attn = nn.ModuleDict({f"{name}_proj": nn.Linear(dim, dim) for name in ("q", "k", "v", "out")})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, hidden), "fc2": nn.Linear(hidden, dim)})
+
+    def forward(self, x, mask):
+        normed = self.layer_norm1(x)
+        q, k, v = (self.self_attn[f"{name}_proj"](normed).unflatten(-1, (-1, 64)).transpose(1, 2) for name in "qkv")
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  #     (B, h, T, 64)
+        x = x + self.self_attn["out_proj"](mixed.transpose(1, 2).flatten(2))  # (B, T, D)
+        hidden = self.mlp["fc1"](self.layer_norm2(x))  #                        (B, T, 4D)
+        return x + self.mlp["fc2"](hidden * torch.sigmoid(1.702 * hidden))  # CLIP's quick stand-in for GELU
+
+
+class ClipTextEncoder(nn.Module):
+    """CLIP's causal text transformer, by default ViT-L/14's. Its parameters have the published names without the
+    prefix `text_model.`, as transformers 5 saves them."""
+
+    def __init__(self, vocab=49_408, length=CLIP_LENGTH, dim=768, hidden=3072, depth=12):
+        super().__init__()
+        tables = {"token_embedding": nn.Embedding(vocab, dim), "position_embedding": nn.Embedding(length, dim)}
+        self.embeddings = nn.ModuleDict(tables)
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(ClipLayer(dim, hidden) for _ in range(depth))})
+        self.final_layer_norm = nn.LayerNorm(dim)
+
+    def forward(self, ids, mask_padding=False):
+        """ids (B, T) -> the last hidden state after the final norm, (B, T, D).
+
+        mask_padding hides the keys after the first end token. It changes the vectors of the padding only, but those
+        are fed to the image model like all others: Stable Diffusion leaves it off, our text-to-image source has it on.
+        """
+        tokens = self.embeddings["token_embedding"]
+        mask = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()  # (T, T)
+        if mask_padding:
+            is_end = (ids == tokens.num_embeddings - 1).int()
+            mask = mask & (is_end.cumsum(1) - is_end == 0)[:, None, None, :]  #                      (B, 1, T, T)
+        x = tokens(ids) + self.embeddings["position_embedding"].weight[: ids.shape[1]]  #            (B, T, D)
+        for layer in self.encoder["layers"]:
+            x = layer(x, mask)
+        return self.final_layer_norm(x)
+
+    @classmethod
+    def load(cls, path):
+        """From a Hugging Face folder (or a pipeline's, which has a text_encoder/ folder), or a single file: the text
+        half alone, a whole CLIP, a Stable Diffusion checkpoint. float32, frozen. Raises UserError if it is no CLIP."""
+        file = Path(path)
+        if not file.is_file():
+            names = ("model.safetensors", "model.fp16.safetensors", "pytorch_model.bin")
+            places = [folder / name for folder in (file, file / "text_encoder") for name in names]
+            file = next((place for place in places if place.is_file()), None)
+            if not file:
+                raise UserError(f"no CLIP weights in {path}: put model.safetensors of {CLIP_SOURCE} there")
+        content, _ = load_tensors(file)
+        try:
+            content = {str(name): tensor for name, tensor in content.get("state_dict", content).items()}
+            # Whatever stands before this name stands before all names of the text half. The rest of the file (vision,
+            # projections, other networks) and the position numbers that older files list are not needed.
+            first = "embeddings.token_embedding.weight"
+            prefix = next(name for name in content if name.endswith(first)).removesuffix(first)
+            weights = {name.removeprefix(prefix): w for name, w in content.items() if name.startswith(prefix)}
+            weights = {k: w for k, w in weights.items() if not k.endswith(("position_ids", "text_projection.weight"))}
+            length, hidden = (
+                len(weights[k]) for k in ("embeddings.position_embedding.weight", "encoder.layers.0.mlp.fc1.weight")
+            )
+            vocab, dim = weights[first].shape
+            depth = sum(name.endswith("layer_norm1.weight") for name in weights)
+            if dim % 64 or not {w.dtype for w in weights.values()} <= {torch.float32, torch.float16, torch.bfloat16}:
+                raise ValueError
+            beside = file.with_name("config.json")
+            config = json.loads(beside.read_text("utf-8")) if beside.is_file() else {}
+            if config.get("text_config", config).get("hidden_act", "quick_gelu") != "quick_gelu":
+                raise ValueError  # some later CLIPs differ in nothing but this
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration):
+            raise UserError(f"{file} holds no CLIP text encoder that fits; take that of {CLIP_SOURCE}") from None
+        with torch.device("meta"):  # spares the time that random weights would take
+            model = cls(vocab, length, dim, hidden, depth)
+        model.to_empty(device="cpu")
+        load_into(model, weights, file)
+        return model.eval().requires_grad_(False)
+
+
+class Clip:
+    """Captions as the states of CLIP's text tower. Like the write-up, which hands CLIP its tokenizer's mask, we let no
+    token see the padding."""
+
+    name = "clip"
+
+    def __init__(self, path):
+        if not path:
+            raise UserError(f"name CLIP's files with --clip: a folder with those of {CLIP_SOURCE}")
+        self.tokenizer, self.model = ClipTokenizer(path), ClipTextEncoder.load(path)
+
+    def __call__(self, captions):
+        return self.model(self.tokenizer(captions), mask_padding=True)
+
+    def complaints(self, caption):
+        cut = self.tokenizer.overflow(caption)
+        return [f"the last {cut} tokens of {caption[:40]!r}... are more than CLIP reads"] if cut else []
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Model: the dual-stream transformer (the write-up's "Dual-Stream Blocks" and "MSRoPE"; after Qwen-Image)
+# B pictures, C channels, T text tokens, N = (H / patch_size)(W / patch_size) image tokens, D width, h heads
+
+
+def msrope(height, width, text_len, head_dim, device=None):
+    """Rotary tables of text and image: ((T, head_dim/2) cos and sin, (N, head_dim/2) cos and sin).
+
+    Image tokens lie on a grid with (0, 0) in its middle: 16 of them run from -8 to 7, and a larger picture goes on
+    outwards, with the trained positions in its middle. Text follows on the diagonal from the grid's corner, (8, 8),
+    (9, 9), ...: the same number on both axes, so for text the two halves of a head turn as one.
+    """
+    rows = torch.arange(height, device=device) - height // 2
+    columns = torch.arange(width, device=device) - width // 2
+    diagonal = torch.arange(text_len, device=device) + max(height // 2, width // 2)
+    text = tuple(torch.cat((table, table), dim=-1) for table in sincos_table(diagonal, head_dim // 2))
+    return text, rope_2d(rows, columns, head_dim)
+
+
+class TimestepEmbedder(nn.Module):
+    """t in [0, 1] -> (B, D): sinusoid of 1000 t, always in float32 (the published code lets autocast round it to
+    bfloat16, which leaves 251 different values from 256 to 1000), then a two-layer MLP."""
+
+    def __init__(self, width, frequency_dim=256):
+        super().__init__()
+        self.frequency_dim = frequency_dim
+        self.mlp = nn.Sequential(nn.Linear(frequency_dim, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t):
+        return self.mlp(timestep_embedding(1000 * t, self.frequency_dim))
+
+
+class FeedForward(nn.Module):
+    """Two layers with a GELU between them, four times as wide inside."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class JointAttention(nn.Module):
+    """Each stream has its own queries, keys and values; then all tokens, text first, attend to all."""
+
+    def __init__(self, num_heads, head_dim):
+        super().__init__()
+        self.num_heads = num_heads
+        width = num_heads * head_dim
+        for stream in ("vis", "txt"):
+            for letter in "qkvo":
+                self.add_module(f"{stream}_{letter}_proj", nn.Linear(width, width))
+        for stream in ("vis", "txt"):
+            for letter in "qk":
+                self.add_module(f"{stream}_{letter}_norm", RMSNorm(head_dim))
+
+    def heads(self, x):
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, h, N, head_dim)
+
+    def forward(self, txt, vis, rope, text_goes_on=True):
+        """txt (B, T, D), vis (B, N, D) -> what each has gathered; None for text that has no layer left to go to."""
+        txt_rope, vis_rope = rope
+        q = apply_rope(self.vis_q_norm(self.heads(self.vis_q_proj(vis))), vis_rope)
+        k = apply_rope(self.vis_k_norm(self.heads(self.vis_k_proj(vis))), vis_rope)
+        txt_k = apply_rope(self.txt_k_norm(self.heads(self.txt_k_proj(txt))), txt_rope)
+        v = torch.cat((self.heads(self.txt_v_proj(txt)), self.heads(self.vis_v_proj(vis))), dim=2)
+        if text_goes_on:
+            txt_q = apply_rope(self.txt_q_norm(self.heads(self.txt_q_proj(txt))), txt_rope)
+            q = torch.cat((txt_q, q), dim=2)  # (B, h, T + N, head_dim)
+        x = attention(q, torch.cat((txt_k, k), dim=2), v).transpose(1, 2).flatten(2)
+        if not text_goes_on:
+            return None, self.vis_o_proj(x)
+        txt, vis = x.split((txt.shape[1], vis.shape[1]), dim=1)
+        return self.txt_o_proj(txt), self.vis_o_proj(vis)
+
+
+class DualStreamLayer(nn.Module):
+    """Joint attention and, per stream, a feed-forward network; each behind a LayerNorm that the time shifts and scales
+    and a gate that it opens. The gates start at zero, so that a fresh layer is the identity (adaLN-Zero).
+
+    In the last layer nothing reads the text any more. Its text queries, output and feed-forward network can learn
+    nothing there (5.9M of the write-up's 258M parameters); they exist because the published checkpoints have them.
+    """
+
+    def __init__(self, num_heads, head_dim, last):
+        super().__init__()
+        width = num_heads * head_dim
+        self.last = last
+        self.vis_mod = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.vis_ff = FeedForward(width)
+        self.txt_mod = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.txt_ff = FeedForward(width)
+        self.attn = JointAttention(num_heads, head_dim)
+        if last:
+            for part in (self.txt_ff, self.attn.txt_q_proj, self.attn.txt_q_norm, self.attn.txt_o_proj):
+                part.requires_grad_(False)
+
+    def forward(self, txt, vis, condition, rope):
+        def norm(x):
+            return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.vis_mod(condition).chunk(6, dim=-1)
+        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(condition).chunk(6, dim=-1)
+        from_txt, from_vis = self.attn(
+            modulate(norm(txt), txt_shift1, txt_scale1), modulate(norm(vis), shift1, scale1), rope, not self.last
+        )
+        vis = vis + gate1.unsqueeze(1) * from_vis
+        vis = vis + gate2.unsqueeze(1) * self.vis_ff(modulate(norm(vis), shift2, scale2))
+        if not self.last:
+            txt = txt + txt_gate1.unsqueeze(1) * from_txt
+            txt = txt + txt_gate2.unsqueeze(1) * self.txt_ff(modulate(norm(txt), txt_shift2, txt_scale2))
+        return txt, vis
+
+
+class OutputNorm(nn.Module):
+    """The last LayerNorm, shifted and scaled by the time."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.linear = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x, condition):
+        shift, scale = self.linear(condition).chunk(2, dim=-1)
+        return modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift, scale)
+
+
+class DiT(nn.Module):
+    """Dual-stream diffusion transformer.
+
+    latent_size  side of the training latents (or pictures); any other multiple of patch_size can be asked for
+    vocabulary   words of the model's own table; 0 for a text encoder that brings vectors
+    predict      what the last layer says: "velocity", or "data", from which the velocity follows
+
+    model(z_t, t, text) -> velocity (noise - data), like z_t (B, C, H, W). t (B,) in [0, 1], 1 = noise. text
+    (B, T, text_dim), or (B, T) word numbers. Raises ValueError if patch_size does not divide H and W.
+    """
+
+    def __init__(
+        self,
+        patch_size=2,
+        in_channels=4,
+        depth=12,
+        num_heads=12,
+        head_dim=64,
+        text_dim=768,
+        latent_size=32,
+        vocabulary=0,
+        predict="velocity",
+    ):
+        super().__init__()
+        width = num_heads * head_dim
+        self.patch_size, self.in_channels, self.head_dim = patch_size, in_channels, head_dim
+        self.latent_size, self.predict = latent_size, predict
+        self.words = nn.Embedding(vocabulary + 1, text_dim) if vocabulary else None
+        self.patch_embed = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
+        self.step_embed = TimestepEmbedder(width)
+        self.text_norm = RMSNorm(text_dim)
+        self.text_proj = nn.Linear(text_dim, width)
+        self.layers = nn.ModuleList(DualStreamLayer(num_heads, head_dim, i == depth - 1) for i in range(depth))
+        self.output_norm = OutputNorm(width)
+        self.output_proj = nn.Linear(width, patch_size**2 * in_channels)
+        self.initialize_weights()
+
+    def initialize_weights(self):
+        """Xavier for what multiplies, N(0, 0.02) for what embeds, zero for gates and output: a fresh model says 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for linear in (self.step_embed.mlp[0], self.step_embed.mlp[2], self.text_proj):
+            nn.init.normal_(linear.weight, std=0.02)
+        for layer in self.layers:
+            nn.init.zeros_(layer.vis_mod[1].weight)
+            nn.init.zeros_(layer.txt_mod[1].weight)
+        nn.init.zeros_(self.output_norm.linear[1].weight)
+        nn.init.zeros_(self.output_proj.weight)
+
+    def forward(self, z_t, t, text):
+        p, (_, channels, height, width) = self.patch_size, z_t.shape
+        if height % p or width % p:
+            raise ValueError(f"{height} x {width} is no multiple of the patch size {p}")
+        height, width = height // p, width // p
+        if self.words is not None:
+            text = self.words(text)
+        rope = msrope(height, width, text.shape[1], self.head_dim, z_t.device)
+        # The condition is the time alone: text acts through attention. The streams add up in float32.
+        condition = self.step_embed(t)  # (B, D)
+        txt = self.text_proj(self.text_norm(text)).float()  # (B, T, D)
+        vis = self.patch_embed(z_t).flatten(2).transpose(1, 2).float().contiguous()  # (B, N, D)
+        for layer in self.layers:
+            txt, vis = layer(txt, vis, condition, rope)
+        out = self.output_proj(self.output_norm(vis, condition)).float()  # (B, N, p p C)
+        out = out.unflatten(1, (height, width)).unflatten(-1, (p, p, channels))  # (B, H/p, W/p, p, p, C)
+        out = out.permute(0, 5, 1, 3, 2, 4).reshape(z_t.shape)
+        if self.predict == "velocity":
+            return out
+        # z_t = data + t (noise - data), so what lies between z_t and the data is t times the velocity.
+        return (z_t - out) / t.view(-1, 1, 1, 1).clamp(min=1e-3)
+
+
+def build_model(config, channels, size, vocabulary):
+    """A fresh DiT for latents (channels, size, size). Raises UserError where the config's sizes do not go together."""
+    if size % config.patch_size:
+        raise UserError(f"--patch-size {config.patch_size} does not divide {size}, the side of the model's pictures")
+    if config.head_dim % 4:
+        raise UserError(f"--head-dim {config.head_dim} must be a multiple of 4")
+    sizes = config.patch_size, channels, config.depth, config.num_heads, config.head_dim, config.text_dim, size
+    return DiT(*sizes, vocabulary, config.predict)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Preparing: pictures and captions, encoded once
+
+
+@dataclasses.dataclass
+class PrepareConfig:
+    """Options of the verb prepare."""
+
+    data: str = option("", "folder of captioned pictures")
+    out: str = option("", "folder for the shards")
+    vae: str = option("", "VAE: a file or a folder")
+    clip: str = option("", "CLIP ViT-L/14: a Hugging Face folder, or its weights beside its tokenizer files")
+    image_size: int = option(256, "side to which the pictures are brought", low=8)
+    shard: int = option(1000, "samples in a shard", low=1)
+    batch_size: int = option(16, "pictures encoded at a time", low=1)
+    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    precision: str = option("auto", "of the matrix products", choices=("auto", "fp32", "bf16", "fp16"))
+
+
+def prepare_command(options):
+    """Encode a folder into shards of latents and CLIP states. A shard is written whole or not at all, so the same
+    command goes on after a kill with the first one that is missing. Raises UserError."""
+    if not (options.data and options.out and options.vae):
+        raise UserError("prepare needs --data, --out, --vae and --clip")
+    device = common.pick_device(options.device)
+    precision = common.pick_precision(options.precision, device)
+    vae, clip = common.load_vae(options.vae).to(device), Clip(options.clip)
+    clip.model.to(device)
+    paths, captions = common.picture_paths(options.data), common.read_captions(options.data)
+    missing = [path for path in paths if path not in captions]
+    paths = [path for path in paths if path in captions]
+    if not paths:
+        raise UserError(
+            f"no captions in {options.data}; write them into metadata.jsonl, or beside each picture as .txt"
+        )
+    about = {"vae": fingerprint(vae), "clip": fingerprint(clip.model), "image_size": options.image_size}
+    done, skipped = 0, [f"{path}: no caption" for path in missing]
+    bar = tqdm(total=len(paths), desc="encoding", unit=" pictures")
+    for number, first in enumerate(range(0, len(paths), options.shard)):
+        part = paths[first : first + options.shard]
+        target = Path(options.out) / f"shard_{number:05d}.safetensors"
+        asked = [str(path.relative_to(options.data)) for path in part]
+        if target.exists():
+            header = open_shard(target)[1]
+            if header["asked"] != asked or any(header[key] != about[key] for key in SHARD_KEYS):
+                raise UserError(f"{target} was made from other pictures or settings; name another --out")
+        else:
+            header = about | {"asked": asked, "files": [], "captions": [], "skipped": []}
+            latents, text = [], []
+            for start in range(0, len(part), options.batch_size):
+                chunk = part[start : start + options.batch_size]
+                pictures, good, bad = common.read_pictures(chunk, options.data, options.image_size)
+                header["skipped"] += bad
+                if len(good):
+                    words = [captions[chunk[i]][0] for i in good]
+                    with torch.no_grad(), autocast(device, precision):
+                        latents.append(vae.encode(pictures.to(device) / 127.5 - 1).bfloat16().cpu())
+                        text.append(clip(words).bfloat16().cpu())
+                    header["files"] += [asked[start + i] for i in good]
+                    header["captions"] += words
+                bar.update(len(chunk))
+            if header["files"]:
+                tensors = {"latents": torch.cat(latents), "text": torch.cat(text), "null": clip([""]).bfloat16()}
+                common.save_tensors(target, tensors, header)
+        bar.update(first + len(part) - bar.n)
+        done += len(header["files"])
+        skipped += header["skipped"]
+    bar.close()
+    if skipped:
+        print(f"skipped {len(skipped)}: {'; '.join(skipped[:3])}{'; ...' if len(skipped) > 3 else ''}")
+    if not done:
+        raise UserError(f"no readable picture with a caption in {options.data}")
+    print(f"{done:,} samples in {options.out}; now: python dit_t2i.py train --preset paper --data {options.out}")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Rectified flow and guidance
+
+
+def flow_loss(config, model, x, text, draw):
+    """What each picture of the batch costs, (B,), and its time, (B,): the squared error of the velocity noise - data at
+    z_t = (1 - t) data + t noise, with t the sigmoid of a normal ("Rectified Flow" in the write-up)."""
+    normal = torch.randn(len(x), generator=draw, device=draw.device)
+    t = torch.sigmoid(config.time_mean + config.time_std * normal).clamp(min=config.time_min)
+    noise = torch.randn(x.shape, generator=draw, device=draw.device)
+    error = model(flow_point(x, noise, t), t, text) - (noise - x)
+    return error.square().mean(dim=(1, 2, 3)), t
+
+
+def guided(model, text, null, cfg):
+    """velocity(z, t) = v_null + cfg (v_text - v_null), both from one doubled batch ("Classifier Free Guidance"; Ho &
+    Salimans 2022, eq. 6). At cfg 1 the null caption cancels, so that the conditional velocity alone is computed."""
+
+    def velocity(z, t):
+        times = torch.full((len(z),), t, device=z.device)
+        if cfg == 1:
+            return model(z, times, text)
+        both = torch.cat((text, null.expand_as(text)))
+        with_text, without = model(torch.cat((z, z)), torch.cat((times, times)), both).chunk(2)
+        return without + cfg * (with_text - without)
+
+    return velocity
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def train(config):
+    """Train from nothing, or go on with --resume; what is left behind is a run folder. Raises UserError."""
+    device = common.pick_device(config.device)
+    precision = common.pick_precision(config.precision, device)
+    if config.batch_size % config.grad_accum:
+        raise UserError(f"--grad-accum {config.grad_accum} does not divide --batch-size {config.batch_size}")
+    everything, data, held_out, skipped = load_data(config)
+    if config.epochs:
+        steps = config.epochs * math.ceil(len(data) / config.batch_size)
+        config = dataclasses.replace(config, steps=min(steps, config.steps or steps))
+    run = Run(config, "dit_t2i")
+    run.tell_skipped(skipped)
+    encoder, vae = None, common.load_vae(config.vae).to(device) if config.vae else None
+    channels, size = data.batch([0], generator(0))[0].shape[1:3]
+    run.header = {"data": len(everything), "latent": [channels, size], "vae": None}
+    if isinstance(everything, ShardSet):  # encoded before: neither CLIP nor VAE is needed, but for pictures
+        null = everything.null
+        run.header |= {"text": {"clip": everything.header["clip"]}, "vae": everything.header["vae"]}
+        check_partner("--vae", vae, run.header["vae"])
+    elif config.encoder == "clip":
+        encoder = Clip(config.clip)
+        run.header["text"] = {"clip": fingerprint(encoder.model)}
+    else:
+        encoder = Words.learn(everything.all_captions(), config.max_words)
+        run.header["text"] = {"words": encoder.vocabulary, "length": encoder.length}
+    if encoder:
+        null = encoder([""])
+    if null.is_floating_point() and config.text_dim != null.shape[-1]:
+        raise UserError(f"--text-dim {config.text_dim}: the text of this CLIP is {null.shape[-1]} wide")
+
+    torch.manual_seed(config.seed)
+    words = len(encoder.vocabulary) if isinstance(encoder, Words) else 0
+    model = build_model(config, channels, size, words).to(device)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer, scaler = common.make_optimizer(config, model, device)
+    if config.resume:
+        run.load(model, ema, optimizer, scaler)
+    if common.worth_compiling(config, device):
+        for layer in model.layers:
+            layer.compile(dynamic=False)
+    print(run.banner(model, device, precision, f"{len(data):,} samples and {len(held_out):,} held out"))
+
+    def draw_batch(source, index, *key):
+        """Samples of a data set, ready for the model: (x (B, C, H, W), text), a tenth of the captions left out."""
+        draw = generator(config.seed, *key)
+        x, text = source.batch(index, draw)
+        text = encoder(text) if encoder else text
+        left_out = torch.rand(len(x), generator=draw) < config.null_prob
+        text = torch.where(left_out.view(-1, *[1] * (text.dim() - 1)), null, text)
+        return x.to(device), text.to(device)
+
+    @torch.no_grad()
+    def held_out_loss():
+        """Of the averaged weights, always at the same times and with the same noise."""
+        x, text = draw_batch(held_out, range(min(256, len(held_out))), 0, 0, 2)
+        with autocast(device, precision):
+            return flow_loss(config, ema, x, text, generator(config.seed, 0, 0, 3, device=device))[0].mean().item()
+
+    with run.clock():
+        while not run.done:
+            costs, times = [], []
+            index = batch_index(config, len(data), run.step)
+            for part in range(config.grad_accum):
+                x, text = draw_batch(data, index[part :: config.grad_accum], run.step, part, 1)
+                with autocast(device, precision):
+                    cost, t = flow_loss(
+                        config, model, x, text, generator(config.seed, run.step, part, 4, device=device)
+                    )
+                scaler.scale(cost.mean() / config.grad_accum).backward()
+                costs.append(cost.detach())
+                times.append(t)
+            common.optimizer_step(config, run, model, ema, optimizer, scaler, torch.cat(costs), torch.cat(times))
+
+            pictures, checkpoint = run.due()
+            if pictures:
+                chosen = [len(held_out) * i // 16 for i in range(16)]  # of things and colours never seen together
+                text = held_out.batch(chosen, generator(0))[1]
+                if encoder:
+                    text = encoder([held_out.caption(i) for i in chosen])
+                options = SampleConfig(num=1, cfg=config.cfg, precision=precision)
+                run.save_samples(to_rgb(vae, sample(ema, options, text, null, (channels, size, size))))
+            if checkpoint:
+                run.save(model, ema, optimizer, scaler, held_out_loss())
+    return run.farewell()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+@dataclasses.dataclass
+class SampleConfig:
+    """Options of the verb sample."""
+
+    prompt: tuple[str, ...] = option(
+        (), 'what to draw, e.g. "a red car"; several prompts make several rows', positional=True
+    )
+    prompts: str = option("", "file with a prompt in each line")
+    negative: str = option("", "what to lead away from (default: the empty caption)")
+    weights: str = option("", "checkpoint (default: runs/dit_t2i/model.safetensors, else weights/dit_t2i.safetensors)")
+    clip: str = option("", "CLIP, for weights that were trained with it (default: where training found it)")
+    vae: str = option("", "VAE, for weights that were trained in its latents (default: where training found it)")
+    num: int = option(4, "pictures of each prompt", low=1)
+    cfg: float | None = option(None, "guidance: 1 conditional, 0 unconditional (default: the weights')", low=0.0)
+    steps: int = option(28, "steps from noise to picture", low=1)
+    solver: str = option("euler", "how a step is made", choices=tuple(common.SOLVERS))
+    size: int | None = option(None, "side of the pictures in pixels (default: as trained)", low=8)
+    tile: int | None = option(None, "decode in tiles of so many latent cells, where memory is short", low=32)
+    seed: int = option(0, "picture i of a prompt starts from the noise of seed + i", low=0, high=2**63)
+    batch_size: int = option(16, "pictures at a time", low=1)
+    out: str = option("samples/dit_t2i.png", "picture of all samples, a row for each prompt")
+    each: str = option("", "folder for single pictures")
+    gif: str = option("", "animation of the first pictures, from noise to data in 10 frames")
+    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    precision: str = option("auto", "of the matrix products", choices=("auto", "fp32", "bf16", "fp16"))
+
+
+@torch.no_grad()
+def sample(model, options, text, null, shape, watch=None):
+    """Draw options.num pictures for each row of text -> (P * num, C, H, W) as the model sees them, by prompt.
+
+    text (P, T) or (P, T, text_dim), null the same of one row; shape (C, H, W). From noise at t = 1 to data at t = 0;
+    picture i of a prompt depends on the seed options.seed + i only. watch(z, t) sees the states of the first batch.
+    """
+    device = next(model.parameters()).device
+    precision = common.pick_precision(options.precision, device)
+    times = [1 - i / options.steps for i in range(options.steps)] + [0.0]
+    text, null = text.to(device), null.to(device)
+    jobs = [(row, options.seed + i) for row in range(len(text)) for i in range(options.num)]
+    pictures = []
+    for first in range(0, len(jobs), options.batch_size):
+        rows, seeds = zip(*jobs[first : first + options.batch_size])
+        z = common.noise_for(seeds, shape, device)
+        with autocast(device, precision):
+            velocity = guided(model, text[list(rows)], null, options.cfg)
+            pictures.append(common.SOLVERS[options.solver](velocity, z, times, watch if first == 0 else None))
+    return torch.cat(pictures)
+
+
+def to_rgb(vae, x, tile=None):
+    """What the model sees -> RGB in [0, 1], latents in tiles of so many cells or whole. Latents without a VAE to decode
+    them: their first three channels."""
+    if vae is not None:
+        x = common.decode_tiled(vae, x, tile) if tile else vae.decode(x)
+    return (x[:, :3] / 2 + 0.5).clamp(0, 1)
+
+
+def fingerprint(module):
+    """The first numbers of a network's first layer: they tell it from any other, in whatever precision it is stored."""
+    return [round(value, 4) for value in next(module.parameters()).flatten()[:8].tolist()]
+
+
+def check_partner(flag, module, wanted):
+    """Raise UserError if the VAE or CLIP that was given is not the one that training had."""
+    if module is None or wanted is None:
+        return
+    mine = fingerprint(module)
+    if any(abs(a - b) > 1e-3 + 0.01 * abs(b) for a, b in zip(mine, wanted)):
+        raise UserError(f"{flag}: these are not the weights that this model was trained with; name those")
+
+
+def load_model(path, device):
+    """(DiT in eval mode, Config, header) from our own checkpoint, or one of the published repository (.pt).
+
+    Raises UserError if the file is broken or of another model.
+    """
+    weights, header = load_tensors(path)
+    if header and header.get("system") != "dit_t2i":
+        raise UserError(f"{path} is a checkpoint of {header.get('system')}; name one of dit_t2i.py's with --weights")
+    try:
+        if not header:
+            weights = weights.get("ema_model", weights)
+            width, channels, patch, _ = weights["patch_embed.weight"].shape
+            sizes = {"patch_size": patch, "text_dim": len(weights["text_norm.weight"])}
+            sizes["head_dim"] = len(weights["layers.0.attn.vis_q_norm.weight"])
+            sizes["num_heads"] = width // sizes["head_dim"]
+            sizes["depth"] = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("layers."))
+            header = {"config": PRESETS["paper"] | sizes, "latent": [channels, 32], "text": {"clip": None}, "vae": None}
+        config = Config(**header["config"])
+        common.check_config(config)
+        model = build_model(config, *header["latent"], len(header["text"].get("words", ())))
+    except (KeyError, TypeError, ValueError, AttributeError) as problem:
+        raise UserError(f"{path} is no checkpoint of dit_t2i.py (no usable {problem}); name another") from None
+    load_into(model, weights, path)
+    return model.to(device).eval().requires_grad_(False), config, header
+
+
+def load_partners(options, config, header):
+    """The text encoder and the VAE (or None) that belong to a checkpoint. Raises UserError where they are not to be
+    had or do not belong to it."""
+    if "words" in header["text"]:
+        encoder = Words(header["text"]["words"], header["text"]["length"])
+    else:
+        encoder = Clip(options.clip or config.clip)
+        check_partner("--clip", encoder.model, header["text"]["clip"])
+    if header["latent"][0] == 3:
+        return encoder, None
+    if not (options.vae or config.vae):
+        raise UserError("these weights work in a VAE's latents; name its weights with --vae")
+    vae = common.load_vae(options.vae or config.vae)
+    if vae.latent_channels != header["latent"][0]:
+        raise UserError(
+            f"--vae has {vae.latent_channels} channels, this model has {header['latent'][0]}; name the right one"
+        )
+    check_partner("--vae", vae, header["vae"])
+    return encoder, vae
+
+
+def sample_command(options):
+    """Write what sample() draws: a grid, and with --each and --gif single pictures and the way there."""
+    prompts = list(options.prompt)
+    if options.prompts:
+        try:
+            prompts += [line.strip() for line in Path(options.prompts).read_text().splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as problem:
+            raise UserError(f"cannot read prompts from {options.prompts}: {problem}") from None
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise UserError('no prompt; say what to draw, e.g. sample "a red car" (--cfg 0 draws without one)')
+    device = common.pick_device(options.device)
+    model, config, header = load_model(common.find_weights(options.weights, "dit_t2i"), device)
+    encoder, vae = load_partners(options, config, header)
+    options = dataclasses.replace(options, cfg=config.cfg if options.cfg is None else options.cfg)
+    for text in [*prompts, options.negative]:
+        for line in encoder.complaints(text):
+            print(f"warning: {line}", file=sys.stderr)
+    channels, stride = header["latent"][0], vae.stride if vae else 1
+    size = options.size or header["latent"][1] * stride
+    if size % (stride * config.patch_size):
+        raise UserError(f"--size {size} is no multiple of {stride * config.patch_size}")
+    if common.pick_precision(options.precision, device) == "bf16":
+        model = model.bfloat16()  # once, instead of at every step
+        if vae is not None:
+            vae = vae.to(device)
+    frames = []
+
+    def keep(z, t):
+        if options.gif and 1 - t >= len(frames) / 9 - 1e-6:
+            frames.append(common.make_grid(common.to_uint8(to_rgb(vae, z[:16], options.tile))))
+
+    text, null = encoder([*prompts, options.negative]).split((len(prompts), 1))
+    latents = sample(model, options, text, null, (channels, size // stride, size // stride), keep)
+    with autocast(device, common.pick_precision(options.precision, device)):
+        pictures = common.to_uint8(to_rgb(vae, latents, options.tile))
+    columns = options.num if len(prompts) > 1 else None
+    common.save_picture(common.make_grid(pictures, columns), options.out)
+    print(f"{len(pictures)} pictures in {options.out}")
+    if options.each:
+        for i, picture in enumerate(pictures):
+            row, number = divmod(i, options.num)
+            common.save_picture(
+                Image.fromarray(picture), Path(options.each) / f"{row:03d}_{options.seed + number:06d}.png"
+            )
+    if options.gif:
+        common.save_gif(frames, options.gif)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Evaluation: colours and things that were never shown together
+
+
+def hue(rgb):
+    """(B, 3, H, W) -> hue in turns and chroma, each (B, H, W), as in HSV."""
+    top, low = rgb.amax(dim=1), rgb.amin(dim=1)
+    chroma = top - low
+    red, green, blue = rgb.unbind(1)
+    safe = chroma.clamp(min=1e-6)
+    turn = torch.where(
+        top == red,
+        (green - blue) / safe % 6,
+        torch.where(top == green, (blue - red) / safe + 2, (red - green) / safe + 4),
+    )
+    return turn / 6, chroma
+
+
+def colour_seen(rgb):
+    """Which of the eight hues each picture (B, 3, H, W) mostly has: every pixel votes with its chroma."""
+    turn, chroma = hue(rgb)
+    known = hue(rgb_of(HUES))[0].flatten()  # (8,)
+    away = (turn.flatten(1).unsqueeze(-1) - known).abs()
+    vote = torch.minimum(away, 1 - away).argmin(dim=-1)  # (B, H W)
+    weight = chroma.flatten(1) * (chroma.flatten(1) > 0.15)
+    votes = torch.zeros(len(rgb), len(HUES)).scatter_add_(1, vote, weight)
+    return [HUES[i] for i in votes.argmax(dim=1)]
+
+
+def structure(rgb):
+    """(B, 3, H, W) -> (B, features): brightness at three scales, of mean 0 and deviation 1. No colour is left."""
+    grey = luma(rgb)
+    levels = [F.avg_pool2d(grey, k).flatten(1) for k in (1, 2, 4)]
+    levels = [(level - level.mean(1, keepdim=True)) / level.std(1, keepdim=True) for level in levels]
+    return torch.cat([level / level.shape[1] ** 0.5 for level in levels], dim=1)
+
+
+def things_seen(rgb, known):
+    """What each picture (B, 3, S, S) looks most like, colour aside: the name of the nearest picture of an EmojiSet."""
+    rgba = known.rgba / 255
+    grey = torch.cat([tint(part, rgb_of(["grey"])) for part in rgba.split(256)])
+    on_white = grey[:, :3] * grey[:, 3:] + 1 - grey[:, 3:]
+    nearest = torch.cdist(structure(rgb), structure(on_white)).argmin(dim=1)
+    return [known.names[i % len(known.names)] for i in nearest.tolist()]
+
+
+@dataclasses.dataclass
+class EvaluateConfig(SampleConfig):
+    """Options of the verb evaluate."""
+
+    num: int = option(1, "pictures of each pair", low=1)
+    out: str = option("samples/dit_t2i_unseen.png", "sheet of all pairs, a row for each thing")
+
+
+def evaluate_command(options):
+    """Ask for every colour of HUES of every thing in HELD_OUT, which training never shows, and look at what comes."""
+    device = common.pick_device(options.device)
+    model, config, header = load_model(common.find_weights(options.weights, "dit_t2i"), device)
+    if config.data != "emoji":
+        raise UserError(f"these weights learned {config.data}; evaluate knows what is right for --data emoji only")
+    encoder, vae = load_partners(options, config, header)
+    options = dataclasses.replace(options, cfg=config.cfg if options.cfg is None else options.cfg, batch_size=64)
+    pairs = [(colour, thing) for thing in HELD_OUT for colour in HUES]
+    text = encoder([f"a {colour} {thing}" for colour, thing in pairs])
+    channels, size = header["latent"]
+    rgb = to_rgb(vae, sample(model, options, text, encoder([""]), (channels, size, size))).cpu()
+    common.save_picture(common.make_grid(common.to_uint8(rgb), len(HUES) * options.num), options.out)
+    wanted = [pair for pair in pairs for _ in range(options.num)]
+    hues = sum(seen == colour for seen, (colour, _) in zip(colour_seen(rgb), wanted))
+    things = sum(seen == thing for seen, (_, thing) in zip(things_seen(rgb, EmojiSet(config.image_size)), wanted))
+    print(
+        f"of {len(wanted)} pictures of {len(HELD_OUT)} things in {len(HUES)} colours they were never shown in, "
+        f"{hues / len(wanted):.1%} have the right hue and {things / len(wanted):.1%} look most like the right thing; "
+        f"see {options.out}"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Command line
+
+VERBS = {
+    "prepare": (
+        prepare_command,
+        PrepareConfig,
+        None,
+        "encode a folder, e.g. prepare --data DIR --out SHARDS --vae V --clip C",
+    ),
+    "train": (train, Config, PRESETS, "train, e.g. python dit_t2i.py train --data emoji"),
+    "sample": (sample_command, SampleConfig, None, 'draw pictures, e.g. python dit_t2i.py sample "a red car"'),
+    "export": (common.export("dit_t2i"), common.ExportConfig, None, "halve a checkpoint, to give it away"),
+    "evaluate": (evaluate_command, EvaluateConfig, None, "test colours of things that were never shown together"),
+}
+
+
+def main(argv=None):
+    """The command line: the words after the file's name, or sys.argv's; returns the exit code."""
+    return common.run_command_line(__doc__, VERBS, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

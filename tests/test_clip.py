@@ -1,0 +1,422 @@
+"""CLIP's tokenizer and text encoder, against transformers' and against files that are broken or someone else's."""
+
+import gzip
+import json
+import random
+import unicodedata
+
+import pytest
+import torch
+from conftest import FIXTURES
+from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTokenizer as OracleTokenizer
+
+from common import UserError
+from dit_t2i import CLIP_LENGTH, ClipTextEncoder, ClipTokenizer, byte_symbols
+
+START, END = 49406, 49407
+# Only what this Python's Unicode tables know: later ones give more code points a class.
+ASSIGNED = [c for c in map(chr, range(0x110000)) if unicodedata.category(c) not in ("Cn", "Cs", "Co")]
+SMALL = {"vocab_size": 300, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 2, "hidden_act": "quick_gelu", "bos_token_id": 298, "eos_token_id": 299}
+
+
+def one_line(call, *wanted):
+    """The call fails as a user's mistake, in one line that has all of `wanted` in it."""
+    with pytest.raises(UserError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message and all(str(word) in message for word in wanted), message
+
+
+# Tokenizer
+
+
+@pytest.fixture(scope="module")
+def merges_text():
+    return gzip.decompress((FIXTURES / "clip_merges.txt.gz").read_bytes()).decode()
+
+
+@pytest.fixture(scope="module")
+def vocabulary(merges_text):
+    """The published vocab.json, rebuilt here by its definition."""
+    printable = [c for c in map(chr, range(256)) if c.isprintable() and c not in " \xa0\xad"]
+    order = [ord(c) for c in printable] + [b for b in range(256) if chr(b) not in printable]
+    letters = [*printable, *(chr(256 + i) for i in range(256 - len(printable)))]
+    assert byte_symbols() == dict(zip(order, letters))
+    merged = [line.replace(" ", "") for line in merges_text.splitlines()[1:]]
+    names = [*letters, *(c + "</w>" for c in letters), *merged, "<|startoftext|>", "<|endoftext|>"]
+    return {name: i for i, name in enumerate(names)}
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory, merges_text, vocabulary):
+    """A folder with vocab.json and merges.txt, byte for byte as long as the published ones."""
+    folder = tmp_path_factory.mktemp("published")
+    (folder / "merges.txt").write_text(merges_text, "utf-8")
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), "utf-8")
+    assert [(folder / name).stat().st_size for name in ("merges.txt", "vocab.json")] == [524_619, 961_143]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def oracle(published):
+    return OracleTokenizer.from_pretrained(published)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(published):
+    return ClipTokenizer(published)
+
+
+def oracle_ids(oracle, texts):
+    return oracle(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")["input_ids"]
+
+
+def varied_texts(count, seed):
+    """Strings of everything that a caption may hold, and of much that it should not."""
+    rng = random.Random(seed)
+    scripts = [range(0x370, 0x400), range(0x400, 0x530), range(0x590, 0x600), range(0x600, 0x700), range(0x900, 0x980)]
+    scripts += [range(0xE00, 0xE60), range(0x1100, 0x1200), range(0x3040, 0x3100), range(0x4E00, 0x5200)]
+    scripts += [range(0xAC00, 0xAE00), range(0x1F600, 0x1F640), range(0x1D400, 0x1D600), range(0x2150, 0x2190)]
+    scripts += [range(0xC0, 0x250), range(0x1E00, 0x1F00), range(0x1F00, 0x2000), range(0xFF00, 0xFFEF)]
+    scripts = [[chr(c) for c in script if unicodedata.category(chr(c)) != "Cn"] for script in scripts]
+    words = [
+        "a",
+        "photo",
+        "cat",
+        "Hello",
+        "WORLD",
+        "anime",
+        "girl,",
+        "(blue",
+        "eyes:1.3)",
+        "8k",
+        "naïve",
+        "Σίσυφος",
+        "ΣΑΣ",
+    ]
+    words += [
+        "<|endoftext|>",
+        "<|startoftext|>",
+        "İstanbul",
+        "straße",
+        "ﬁne",
+        "\u212ang",
+        "x_y",
+        "http://a.b/c?d=1&amp;e",
+    ]
+    contractions = [
+        "'s",
+        "'t",
+        "'re",
+        "'ve",
+        "'m",
+        "'ll",
+        "'d",
+        "'S",
+        "'RE",
+        "'Ll",
+        "'x",
+        "''s",
+        "\u2019s",
+        "'",
+        "s't've",
+    ]
+    spaces = [" ", "  ", "\t", "\n", "\r\n", "\u00a0", "\u2003", "\u3000", "\x85", "\u2028", "\u200b", "\x0b", ""]
+    emoji = ["👩\u200d👩\u200d👧", "👍🏽", "🏳️\u200d🌈", "🇩🇪", "❤️", "🧑🏿\u200d🚀"]
+    marks = [chr(c) for c in range(0x300, 0x370)] + ["\u0323", "\u3099", "\u0cc6\u0cc2", "\u1161", "\u11a8", "\u0338"]
+    makers = [
+        lambda: rng.choice(words),
+        lambda: rng.choice(words) + rng.choice(contractions),
+        lambda: rng.choice(contractions),
+        lambda: "".join(rng.choices(rng.choice(scripts), k=rng.randint(1, 6))),
+        lambda: "".join(rng.choices(ASSIGNED, k=rng.randint(1, 4))),
+        lambda: rng.choice(emoji),
+        lambda: rng.choice("aeiouAEOnsᄀかΩ<>=") + "".join(rng.choices(marks, k=rng.randint(1, 3))),
+        lambda: str(rng.randint(0, 10**9)) + rng.choice(["", "th", "½", "²", "Ⅷ", "٣٤", "px"]),
+        lambda: "".join(rng.choices("!?.,:;-_()[]{}<>|/\\'\"#$%&*+=@^`~", k=rng.randint(1, 6))),
+        lambda: chr(rng.choice([*range(32), 127, *range(0x80, 0xA0)])),
+        lambda: "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(1, 12))),
+    ]
+    lengths = [0, 1, 2, 3, 4, 5, 6, 8, 60]
+    for _ in range(count):
+        pieces = rng.choices(makers, k=rng.choices(lengths, [1, 9, 9, 9, 9, 9, 9, 9, 1])[0])
+        yield "".join(make() + rng.choice(spaces[: rng.choice([1, 1, 13])]) for make in pieces)
+
+
+def test_ids_equal_transformers_on_varied_texts(tokenizer, oracle):
+    texts = list(varied_texts(12_000, seed=0))
+    ours, theirs = tokenizer(texts), oracle_ids(oracle, texts)
+    assert ours.dtype == torch.int64 and ours.shape == (12_000, 77)
+    wrong = [ascii(text) for text, same in zip(texts, (ours == theirs).all(dim=1)) if not same]
+    assert not wrong, f"{len(wrong)} differ: {wrong[:5]}"
+    assert sum(tokenizer.overflow(text) > 0 for text in texts) > 100  # the cut was among the things compared
+
+
+def test_ids_equal_transformers_on_every_assigned_code_point(tokenizer, oracle):
+    """Each between letters, ten to a text: its class, its lower case and its bytes."""
+    texts = [" ".join(f"a{c}b" for c in ASSIGNED[i : i + 10]) for i in range(0, len(ASSIGNED), 10)]
+    ours = [tokenizer.encode(text) for text in texts]
+    theirs = oracle(texts, add_special_tokens=False)["input_ids"]
+    assert not [ascii(text) for text, a, b in zip(texts, ours, theirs) if a != b][:5]
+
+
+def test_known_ids(tokenizer):
+    assert tokenizer(["a photo of a cat"])[0].tolist() == [START, 320, 1125, 539, 320, 2368] + [END] * 71
+    assert tokenizer([""])[0].tolist() == [START] + [END] * 76
+    assert tokenizer.encode("a<|endoftext|>b") == [320, END, 321]
+    assert tokenizer([]).shape == (0, 77)
+    assert tokenizer.encode("\ud83d") == tokenizer.encode("?")  # half an emoji, as broken JSON has it
+
+
+def test_long_text_is_cut_before_its_end_token(tokenizer):
+    ids = tokenizer(["cat " * 75, "cat " * 76, "cat " * 500])
+    assert ids[:, 0].tolist() == [START] * 3 and ids[:, -1].tolist() == [END] * 3
+    assert (ids[:, 1:-1] == 2368).all()
+    assert [tokenizer.overflow("cat " * n) for n in (0, 74, 75, 76, 500)] == [0, 0, 0, 1, 425]
+
+
+@pytest.fixture
+def tokenizer_json(tmp_path, oracle):
+    oracle.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "merges.txt").exists()
+    return tmp_path / "saved" / "tokenizer.json"
+
+
+def test_every_published_form_gives_the_same_ids(tokenizer, tokenizer_json, published, merges_text, tmp_path):
+    texts = list(varied_texts(300, seed=1))
+    content = json.loads(tokenizer_json.read_text("utf-8"))
+    assert isinstance(content["model"]["merges"][0], list)
+    old = tmp_path / "old"
+    old.mkdir()
+    content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
+    (old / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+    pipeline = tmp_path / "pipeline"
+    (pipeline / "text_encoder").mkdir(parents=True)
+    (pipeline / "tokenizer").mkdir()
+    (pipeline / "tokenizer" / "merges.txt").write_text(merges_text.replace("\n", "\r\n"), "utf-8", newline="")
+    (old / "model.safetensors").touch()
+    forms = [tokenizer_json, tokenizer_json.parent, old, old / "model.safetensors", pipeline, pipeline / "text_encoder"]
+    openai = tmp_path / "openai.txt.gz"  # OpenAI's own file has another first line, and more merges than were used
+    lines = ['"bpe.txt#version: 0.2', *merges_text.splitlines()[1:], "some thing</w>", "never used</w>", ""]
+    openai.write_bytes(gzip.compress("\n".join(lines).encode()))
+    forms += [openai]
+    forms += [str(FIXTURES / "clip_merges.txt.gz"), published / "vocab.json", published / "merges.txt"]
+    expected = tokenizer(texts)
+    for form in forms:
+        assert torch.equal(ClipTokenizer(form)(texts), expected), form
+
+
+def test_missing_or_broken_tokenizer_files_are_one_line(tmp_path, published, tokenizer_json, merges_text):
+    def write(name, text):
+        folder = tmp_path / f"case{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        return folder
+
+    files = ("merges.txt", "vocab.json", "tokenizer.json", "openai/clip-vit-large-patch14")
+    one_line(lambda: ClipTokenizer(tmp_path), tmp_path, *files)
+    one_line(lambda: ClipTokenizer(tmp_path / "nowhere"), "nowhere", *files)
+    one_line(lambda: ClipTokenizer(write("vocab.json", "{}")), *files)
+    one_line(lambda: ClipTokenizer(write("vocab.json", "{}") / "vocab.json"), "merges.txt")
+    one_line(lambda: ClipTokenizer(write("merges.txt", "")), "merges.txt")
+    one_line(lambda: ClipTokenizer(write("merges.txt", b"\xff\xfe\x00")), "merges.txt")
+    one_line(lambda: ClipTokenizer(write("merges.txt", "a b c\n" * 9)), "merges.txt")
+    one_line(lambda: ClipTokenizer(write("merges.txt", merges_text[:300_001])), "merges.txt")
+    half = "".join(merges_text.splitlines(keepends=True)[:30_000])
+    one_line(lambda: ClipTokenizer(write("merges.txt", half)), "29999 merges")
+    one_line(
+        lambda: ClipTokenizer(write("merges.txt.gz", gzip.compress(merges_text.encode())[:99_999])), "merges.txt.gz"
+    )
+    damaged = bytearray((FIXTURES / "clip_merges.txt.gz").read_bytes())
+    damaged[5000:5100] = bytes(100)
+    one_line(lambda: ClipTokenizer(write("merges.txt.gz", bytes(damaged))), "merges.txt.gz")
+    one_line(lambda: ClipTokenizer(write("tokenizer.json", tokenizer_json.read_bytes()[:999_999])), "tokenizer.json")
+    for content in ({}, [], {"model": {"type": "Unigram", "vocab": [["a", -1.0]]}, "added_tokens": []}):
+        one_line(lambda content=content: ClipTokenizer(write("tokenizer.json", json.dumps(content))), "tokenizer.json")
+
+    vocabulary = json.loads((published / "vocab.json").read_text("utf-8"))
+    folder = write("merges.txt", half)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), "utf-8")
+    one_line(lambda: ClipTokenizer(folder), "29999 merges")
+    folder = write("merges.txt", merges_text)
+    del vocabulary["jekyll</w>"]
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), "utf-8")
+    one_line(lambda: ClipTokenizer(folder), "jekyll</w>")
+
+
+# Text encoder
+
+
+def scramble(model, seed=0):
+    """Random weights under which states are O(1), attention is peaked, and no bias or gain is idle."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "norm" in name:
+                p.normal_(1.0 if name.endswith("weight") else 0.0, 0.2, generator=draw)
+            elif "embedding" in name:
+                p.normal_(0, 1, generator=draw)
+            elif p.dim() == 2:
+                p.normal_(0, (2 if "q_proj" in name else 1) * p.shape[1] ** -0.5, generator=draw)
+            else:
+                p.normal_(0, 0.2, generator=draw)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def full_size(tmp_path_factory):
+    """transformers' ViT-L/14 text model with random weights, and the folder where it saved itself."""
+    with torch.device("meta"):
+        model = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12))
+    model = CLIPTextModel._from_config(model.config, attn_implementation="eager")
+    folder = tmp_path_factory.mktemp("clip")
+    scramble(model).save_pretrained(folder)
+    yield model, folder
+    (folder / "model.safetensors").unlink()  # half a gigabyte
+
+
+def test_full_size_equals_transformers(full_size, tokenizer, oracle):
+    theirs, folder = full_size
+    ours = ClipTextEncoder.load(folder)
+    layout = json.loads((FIXTURES / "clip_l_text.json").read_text())
+    assert {f"text_model.{k}": list(v.shape) for k, v in ours.state_dict().items()} == layout
+    assert sum(p.numel() for p in ours.parameters()) == 123_060_480
+    assert not ours.training and not any(p.requires_grad for p in ours.parameters())
+
+    texts = ["", "a cat", "a photo of a cat, " * 30]
+    ids = tokenizer(texts)
+    attention_mask = oracle(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+    attention_mask = attention_mask["attention_mask"]
+    assert attention_mask.sum(1).tolist() == [2, 4, 77]
+    with torch.no_grad():
+        plain = theirs(input_ids=ids).last_hidden_state
+        masked = theirs(input_ids=ids, attention_mask=attention_mask).last_hidden_state
+    assert plain.std() > 0.5
+    assert (ours(ids) - plain).abs().max() < 1e-4
+    assert (ours(ids, mask_padding=True) - masked).abs().max() < 1e-4
+    # The mask is no empty gesture: it changes the padding, and nothing else.
+    text = attention_mask.bool()
+    assert (plain - masked)[~text].abs().max() > 0.1 and (plain - masked)[text].abs().max() < 1e-4
+    assert not ours(ids).requires_grad and ours(ids).shape == (3, CLIP_LENGTH, 768)
+
+
+@pytest.fixture
+def small(tmp_path):
+    """(transformers' small text model, its folder, ids, expected states)."""
+    model = scramble(CLIPTextModel(CLIPTextConfig(**SMALL)))
+    model.save_pretrained(tmp_path / "small")
+    ids = torch.randint(298, (2, 77), generator=torch.Generator().manual_seed(1))
+    ids[0, 9:], ids[1, 76] = 299, 299
+    with torch.no_grad():
+        return model, tmp_path / "small", ids, model(input_ids=ids).last_hidden_state
+
+
+def test_later_tokens_do_not_change_earlier_states(small):
+    _, folder, ids, _ = small
+    encoder, changed = ClipTextEncoder.load(folder), ids.clone()
+    changed[:, 5] = (changed[:, 5] + 1) % 298
+    for mask_padding in (False, True):
+        before, after = encoder(ids, mask_padding), encoder(changed, mask_padding)
+        assert torch.allclose(before[:, :5], after[:, :5], atol=1e-6)
+        assert ((before - after)[:, 5].abs().amax(-1) > 0.1).all()
+    assert torch.allclose(encoder(ids[:, :7]), encoder(ids)[:, :7], atol=1e-5)
+
+
+def test_padding_mask_hides_all_after_the_first_end(small):
+    model, folder, ids, _ = small
+    mask = torch.ones(2, 77, dtype=torch.int64)
+    mask[0, 10:] = 0  # the end token itself, at 9, is seen
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask).last_hidden_state
+    assert (ClipTextEncoder.load(folder)(ids, mask_padding=True) - expected).abs().max() < 1e-4
+
+
+def test_every_published_layout_loads_alike(small, tmp_path):
+    _, folder, ids, expected = small
+    bare = load_file(folder / "model.safetensors")
+    assert "embeddings.token_embedding.weight" in bare
+    prefixed = {f"text_model.{k}": v for k, v in bare.items()}
+    position_ids = {"text_model.embeddings.position_ids": torch.arange(77)[None]}
+    vision = {"vision_model.embeddings.position_embedding.weight": torch.ones(5, 5), "logit_scale": torch.tensor(1.0)}
+    vision |= {
+        "vision_model.encoder.layers.0.layer_norm1.weight": torch.ones(5),
+        "text_projection.weight": torch.ones(5),
+    }
+    layouts = {"bare": bare, "prefixed": prefixed, "old": prefixed | position_ids}
+    layouts["whole"] = prefixed | position_ids | vision | {"visual_projection.weight": torch.ones(5)}
+    sd = {f"cond_stage_model.transformer.{k}": v for k, v in (prefixed | position_ids).items()}
+    layouts["sd"] = sd | {"model.diffusion_model.out.0.weight": torch.ones(3), "alphas_cumprod": torch.ones(3)}
+    for name, tensors in layouts.items():
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    torch.save({"state_dict": layouts["sd"], "global_step": 5}, tmp_path / "sd.ckpt")
+    pipeline = tmp_path / "pipeline"
+    (pipeline / "text_encoder").mkdir(parents=True)
+    torch.save(layouts["old"], pipeline / "text_encoder" / "pytorch_model.bin")
+    paths = [folder, str(folder), pipeline, pipeline / "text_encoder", tmp_path / "sd.ckpt"]
+    for path in paths + [tmp_path / f"{name}.safetensors" for name in layouts]:
+        assert (ClipTextEncoder.load(path)(ids) - expected).abs().max() < 1e-4, path
+
+
+def test_transformers_own_larger_models_load(small, tmp_path):
+    model, _, ids, expected = small
+    vision = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
+    for number, whole in enumerate(
+        (
+            CLIPModel(CLIPConfig(text_config=SMALL, vision_config=vision | {"image_size": 32, "patch_size": 16})),
+            CLIPTextModelWithProjection(CLIPTextConfig(**SMALL)),
+        )
+    ):
+        whole.text_model.load_state_dict(model.state_dict())
+        whole.save_pretrained(tmp_path / str(number))
+        assert (ClipTextEncoder.load(tmp_path / str(number))(ids) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_weights_become_float32(small, tmp_path, dtype):
+    model, folder, ids, _ = small
+    half = {k: v.to(dtype) for k, v in load_file(folder / "model.safetensors").items()}
+    save_file(half, tmp_path / "model.fp16.safetensors")
+    model.load_state_dict({k: v.float() for k, v in half.items()})
+    with torch.no_grad():
+        expected = model(input_ids=ids).last_hidden_state
+    ours = ClipTextEncoder.load(tmp_path)
+    assert {p.dtype for p in ours.parameters()} == {torch.float32}
+    assert (ours(ids) - expected).abs().max() < 1e-4
+
+
+def test_foreign_and_broken_weights_are_one_line(small, tmp_path):
+    _, folder, _, _ = small
+    bare = load_file(folder / "model.safetensors")
+    file = tmp_path / "file.safetensors"
+
+    def fails(tensors, *wanted):
+        save_file(tensors, file)
+        one_line(lambda: ClipTextEncoder.load(file), file, *wanted)
+
+    one_line(lambda: ClipTextEncoder.load(tmp_path), tmp_path, "model.safetensors", "openai/clip-vit-large-patch14")
+    one_line(lambda: ClipTextEncoder.load(tmp_path / "nowhere"), "nowhere", "model.safetensors")
+    fails({"encoder.block.0.layer.0.SelfAttention.q.weight": torch.ones(2, 2)}, "no CLIP text encoder")
+    fails({"cond_stage_model.model.token_embedding.weight": torch.ones(2, 2)}, "no CLIP text encoder")
+    fails({"embeddings.token_embedding.weight": torch.ones(2, 2)}, "no CLIP text encoder")
+    fails({k: v.to(torch.float8_e4m3fn) for k, v in bare.items()}, "no CLIP text encoder")
+    fails({k: v for k, v in bare.items() if k != "final_layer_norm.bias"}, "final_layer_norm.bias is missing")
+    fails({k: v for k, v in bare.items() if "layers.1.layer_norm1" not in k}, "layers.1")
+    fails(bare | {"encoder.layers.0.mlp.fc2.bias": torch.ones(7)}, "encoder.layers.0.mlp.fc2.bias")
+    fails(bare | {"encoder.layers.0.self_attn.rel.weight": torch.ones(7)}, "is unknown")
+    file.write_bytes((folder / "model.safetensors").read_bytes()[:99_999])
+    one_line(lambda: ClipTextEncoder.load(file), file)
+    for content in ([1, 2], {"state_dict": None}, {"state_dict": {1: torch.ones(2)}}, {"a": "b"}):
+        torch.save(content, tmp_path / "file.bin")
+        one_line(lambda: ClipTextEncoder.load(tmp_path / "file.bin"), "file.bin")
+    # A later CLIP with the same names and shapes and another activation.
+    config = json.loads((folder / "config.json").read_text())
+    for broken in (
+        json.dumps(config | {"hidden_act": "gelu"}),
+        json.dumps({"text_config": {"hidden_act": "gelu"}}),
+        "{",
+    ):
+        (folder / "config.json").write_text(broken)
+        one_line(lambda: ClipTextEncoder.load(folder), "no CLIP text encoder")

@@ -1,0 +1,774 @@
+"""dit_t2i.py against golden files, closed forms and naive versions."""
+
+import dataclasses
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import FIXTURES
+from PIL import Image, ImageDraw
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import common
+import dit_t2i
+from common import UserError
+from dit_t2i import Config, DiT, SampleConfig, Words
+
+SIZES = dict(patch_size=2, in_channels=3, depth=2, num_heads=2, head_dim=8, text_dim=12, latent_size=8)
+
+
+def awake(seed=0, **changes):
+    """A small DiT whose every weight is random: nothing is zero, so nothing is hidden behind a closed gate."""
+    torch.manual_seed(seed)
+    model = DiT(**(SIZES | changes))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.5)
+    return model.eval()
+
+
+def inputs(batch=2, size=8, words=5):
+    return torch.randn(batch, 3, size, size), torch.rand(batch), torch.randn(batch, words, 12)
+
+
+# ---- model ----
+
+
+def test_forward_equals_the_published_code():
+    path = FIXTURES / "dfs_dit_dev_0.safetensors"
+    with safe_open(path, "pt") as file:
+        config = json.loads(file.metadata()["config"])
+    golden = load_file(path)
+    config["depth"], config["num_heads"] = config.pop("n_layer"), config.pop("n_head")
+    model = DiT(**config).eval()
+    model.load_state_dict({k.removeprefix("weight."): v for k, v in golden.items() if k.startswith("weight.")})
+    t = golden["input.timestep_times_1000"] / 1000
+    out = model(golden["input.x"], t, golden["input.text_embeddings"])
+    assert (out - golden["output"]).abs().max() < 1e-4
+
+
+def test_paper_preset_has_the_published_names_and_shapes():
+    layout = json.loads((FIXTURES / "dfs_258m.json").read_text())
+    config = Config(**dit_t2i.PRESETS["paper"])
+    with torch.device("meta"):
+        model = dit_t2i.build_model(config, 4, 32, 0)
+    assert {k: list(v.shape) for k, v in model.state_dict().items()} == layout
+    assert sum(p.numel() for p in model.parameters()) == 257_669_392
+
+
+def test_fresh_layer_is_the_identity_and_a_fresh_model_says_zero():
+    torch.manual_seed(0)
+    model = DiT(**SIZES)
+    z, t, text = inputs()
+    txt, vis, condition = torch.randn(2, 5, 16), torch.randn(2, 16, 16), torch.randn(2, 16)
+    after = model.layers[0](txt, vis, condition, dit_t2i.msrope(4, 4, 5, 8))
+    assert torch.equal(after[0], txt) and torch.equal(after[1], vis)
+    assert (model(z, t, text) == 0).all()
+
+
+def test_dead_parameters_are_the_last_layers_text_and_no_others():
+    with torch.device("meta"):
+        model = dit_t2i.build_model(Config(**dit_t2i.PRESETS["paper"]), 4, 32, 0)
+    assert sum(p.numel() for p in model.parameters() if not p.requires_grad) == 5_903_680
+    model = awake().train()
+    model(*inputs()).square().sum().backward()
+    for name, p in model.named_parameters():
+        dead = name.startswith(("layers.1.txt_ff", "layers.1.attn.txt_q", "layers.1.attn.txt_o"))
+        assert (p.grad is None) == dead, name
+        assert dead or p.grad.abs().max() > 0, name
+
+
+def test_positions_are_a_centred_grid_and_a_diagonal_behind_it():
+    text, image = dit_t2i.msrope(16, 16, 3, 8)
+    rows = torch.arange(-8, 8).repeat_interleave(16)
+    columns = torch.arange(-8, 8).repeat(16)
+    # The first two of four angles turn with the row, at frequencies 1 and 1/100; the others with the column.
+    for k, (position, frequency) in enumerate([(rows, 1), (rows, 0.01), (columns, 1), (columns, 0.01)]):
+        assert torch.allclose(image[0][:, k], torch.cos(position * frequency), atol=1e-5)
+        assert torch.allclose(image[1][:, k], torch.sin(position * frequency), atol=1e-5)
+    for k, frequency in enumerate([1, 0.01, 1, 0.01]):
+        assert torch.allclose(text[1][:, k], torch.sin(torch.tensor([8.0, 9, 10]) * frequency), atol=1e-5)
+
+
+def test_larger_picture_has_the_trained_positions_in_its_middle():
+    small, large = dit_t2i.msrope(16, 16, 3, 8)[1], dit_t2i.msrope(24, 20, 3, 8)[1]
+    for a, b in zip(small, large):
+        assert torch.equal(a.unflatten(0, (16, 16)), b.unflatten(0, (24, 20))[4:20, 2:18])
+
+
+def test_every_place_and_every_word_order_matters():
+    model = awake()
+    z, t, text = inputs()
+    out = model(z, t, text)
+    for swapped in (model(z.transpose(2, 3), t, text).transpose(2, 3), model(z, t, text.flip(1))):
+        assert (out - swapped).abs().max() > 1e-2
+    assert (out - model(z, t + 0.2, text)).abs().max() > 1e-2
+
+
+def test_attention_is_joint():
+    """Pixels see words, and (through the next layer) words see pixels: a one-layer model has only the first."""
+    z, t, text = inputs()
+    moved = z + torch.eye(8)
+    one, two = awake(depth=1), awake(depth=2)
+    for model in (one, two):
+        assert (model(z, t, text) - model(z, t, text + 1)).abs().max() > 1e-2
+    seen = []
+    two.layers[1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    two(z, t, text), two(moved, t, text)
+    assert (seen[0] - seen[1]).abs().max() > 1e-2
+
+
+def test_time_is_not_rounded_under_autocast():
+    model = awake()
+    t = torch.linspace(0.25, 1, 500)
+    with torch.autocast("cpu", torch.bfloat16):
+        embedded = common.timestep_embedding(1000 * t, 256)
+    assert embedded.dtype == torch.float32
+    exact = common.timestep_embedding(1000 * t, 256)
+    assert torch.equal(embedded, exact)
+    seen = []
+    model.step_embed.mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(*inputs())
+    assert seen[0].dtype == torch.float32
+
+
+def test_prediction_of_data_becomes_the_velocity_to_it():
+    torch.manual_seed(0)
+    model = DiT(**SIZES, predict="data")
+    data = 0.3
+    with torch.no_grad():
+        model.output_proj.bias.fill_(data)
+    noise, t = torch.randn(2, 3, 8, 8), torch.tensor([0.2, 0.9])
+    z = common.flow_point(torch.full_like(noise, data), noise, t)
+    assert torch.allclose(model(z, t, torch.randn(2, 5, 12)), noise - data, atol=1e-4)
+
+
+def test_size_that_the_patch_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="no multiple of the patch size 2"):
+        awake()(*inputs(size=7))
+
+
+# ---- flow, guidance, solvers ----
+
+
+def point(data):
+    """The exact velocity where all data is one point: (z - data) / t."""
+    return lambda z, t, text: (z - data) / t.view(-1, 1, 1, 1)
+
+
+class Exact(torch.nn.Module):
+    """A model that knows the answer; it has a parameter only to have a device."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer, self.calls, self.weight = answer, [], torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, z, t, text):
+        self.calls.append(len(z))
+        return self.answer(z, t, text)
+
+
+def draw(model, text=None, null=None, shape=(3, 4, 4), watch=None, **options):
+    text = torch.zeros(1, 2, 3) if text is None else text
+    null = torch.zeros(1, 2, 3) if null is None else null
+    options = SampleConfig(**(dict(num=2, cfg=1.0, precision="fp32", device="cpu") | options))
+    return dit_t2i.sample(model, options, text, null, shape, watch)
+
+
+@pytest.mark.parametrize("solver", list(common.SOLVERS))
+@pytest.mark.parametrize("steps", [1, 28])
+def test_exact_velocity_of_a_point_leads_from_noise_to_the_point(solver, steps):
+    data = torch.rand(3, 4, 4)
+    seen = []
+    drawn = draw(Exact(point(data)), steps=steps, solver=solver, watch=lambda z, t: seen.append((t, z)))
+    assert (drawn - data).abs().max() < 1e-4
+    # t = 1 is noise and t = 0 is data.
+    assert seen[0][0] == 1 and torch.equal(seen[0][1], common.noise_for([0, 1], (3, 4, 4), "cpu"))
+    assert seen[-1][0] == 0 and torch.equal(seen[-1][1], drawn)
+
+
+def gaussian(mean, std):
+    """The exact velocity where data is N(mean, std^2): E[noise - data | z]."""
+
+    def velocity(z, t, text):
+        t = t.view(-1, 1, 1, 1)
+        variance = (1 - t) ** 2 * std**2 + t**2
+        return (t - (1 - t) * std**2) * (z - (1 - t) * mean) / variance - mean
+
+    return velocity
+
+
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2), ("adams", 2)])
+def test_solvers_have_their_order_on_a_gaussian(solver, order):
+    """The flow of a Gaussian is known: z_0 = mean + std * noise. Halving the step divides the error by 2^order."""
+    mean, std = 0.3, 0.5
+    exact = mean + std * common.noise_for(range(8), (3, 4, 4), "cpu")
+    errors = []
+    for steps in (40, 80):
+        drawn = draw(Exact(gaussian(mean, std)), num=8, steps=steps, solver=solver)
+        errors.append((drawn - exact).abs().mean().item())
+    assert errors[1] < 0.02 and order - 0.35 < math.log2(errors[0] / errors[1]) < order + 0.6
+
+
+def test_second_order_in_half_the_steps_is_nearer_than_euler():
+    exact = 0.3 + 0.5 * common.noise_for(range(8), (3, 4, 4), "cpu")
+    error = {}
+    for solver, steps in (("euler", 28), ("adams", 14), ("heun", 14)):
+        drawn = draw(Exact(gaussian(0.3, 0.5)), num=8, steps=steps, solver=solver)
+        error[solver] = (drawn - exact).abs().mean()
+    assert error["adams"] < error["euler"] and error["heun"] < error["euler"]
+
+
+def test_loss_is_zero_for_the_right_velocity_and_only_for_it():
+    config, x = Config(), torch.rand(6, 3, 8, 8)
+    seen = {}
+
+    def right(z, t, text):
+        seen["t"] = t
+        return (z - x) / t.view(-1, 1, 1, 1)
+
+    costs, t = dit_t2i.flow_loss(config, right, x, None, common.generator(3))
+    assert costs.max() < 1e-6 and torch.equal(t, seen["t"])
+    for wrong in (lambda *a: -right(*a), lambda z, t, text: x, lambda z, t, text: z - x):
+        assert dit_t2i.flow_loss(config, wrong, x, None, common.generator(3))[0].min() > 1e-2
+
+
+def test_training_times_follow_their_law():
+    config = Config(time_mean=0.7, time_std=0.5, time_min=0.0)
+    zero = lambda z, t, text: torch.zeros_like(z)  # noqa: E731
+    _, t = dit_t2i.flow_loss(config, zero, torch.zeros(20_000, 1, 1, 1), None, common.generator(0))
+    normal = torch.logit(t)
+    assert abs(normal.mean() - 0.7) < 0.02 and abs(normal.std() - 0.5) < 0.02
+    _, t = dit_t2i.flow_loss(Config(time_min=0.4), zero, torch.zeros(500, 1, 1, 1), None, common.generator(0))
+    assert t.min() == pytest.approx(0.4) and t.max() > 0.6
+
+
+def test_guidance_one_is_conditional_zero_is_not_and_more_leads_further():
+    text, null = torch.full((1, 2, 3), 0.3), torch.full((1, 2, 3), 0.2)
+
+    def drawn(cfg):
+        model = Exact(lambda z, t, text: point(text.mean(dim=(1, 2)).view(-1, 1, 1, 1))(z, t, text))
+        return draw(model, text, null, cfg=cfg, steps=4).mean().item(), model.calls
+
+    assert drawn(1.0) == (pytest.approx(0.3, abs=1e-5), [2] * 4)  # a single pass
+    assert drawn(0.0)[0] == pytest.approx(0.2, abs=1e-5)
+    assert drawn(3.0) == (pytest.approx(0.2 + 3 * 0.1, abs=1e-5), [4] * 4)  # both as one batch
+
+
+def test_cfg_one_equals_the_conditional_model():
+    model = awake()
+    text = torch.randn(1, 5, 12)
+    shape = (3, 8, 8)
+    for cfg in (1.0, 1.0 + 1e-6):
+        drawn = draw(model, text, torch.randn(1, 5, 12), shape, cfg=cfg, steps=3)
+        z = common.noise_for([0, 1], shape, "cpu")
+        by_hand = common.flow_euler(
+            lambda z, t: model(z, torch.full((2,), t), text.expand(2, -1, -1)), z, [1, 2 / 3, 1 / 3, 0]
+        )
+        assert torch.allclose(drawn, by_hand, atol=1e-3)
+
+
+def test_picture_depends_on_its_seed_and_prompt_alone():
+    model = awake()
+    text = torch.randn(3, 5, 12)
+    together = draw(model, text, torch.randn(1, 5, 12), (3, 8, 8), num=3, steps=2, batch_size=4)
+    alone = draw(model, text[1:2], torch.randn(1, 5, 12), (3, 8, 8), num=1, steps=2, seed=2)
+    assert together.shape == (9, 3, 8, 8)
+    assert torch.allclose(together[5], alone[0], atol=1e-4)  # prompt 1, seed 2
+    assert not torch.allclose(together[4], together[5], atol=1e-2) and not torch.allclose(
+        together[2], together[5], atol=1e-2
+    )
+
+
+# ---- words ----
+
+
+def test_words_number_what_they_know_and_complain_of_the_rest():
+    words = Words.learn(["a red car", "a blue fish on a red background", "cat"], most=16)
+    assert words.vocabulary == sorted({"red", "car", "blue", "fish", "on", "background", "cat"}) and words.length == 5
+    number = words.number
+    rows = words(["The RED car!", "", "a red zebra"])
+    assert rows.tolist() == [[number["red"], number["car"], 0, 0, 0], [0] * 5, [number["red"], 0, 0, 0, 0]]
+    assert words.complaints("a red car") == [] and words.complaints("") == []
+    assert words.complaints("a red catt") == ["unknown word 'catt'; near it are cat"]
+    assert "only the first 5 of 6" in words.complaints("red red red red red red")[0]
+    assert words(["red " * 9]).shape == (1, 5)
+    with pytest.raises(UserError, match="no word of 'zebra' is known"):
+        words.complaints("zebra")
+    assert Words.learn(["one two three"], most=2).length == 2
+
+
+def test_every_sample_comes_once_an_epoch():
+    config = Config(batch_size=4, seed=3)
+    drawn = [i for step in range(9) for i in dit_t2i.batch_index(config, 12, step)]
+    epochs = [drawn[k : k + 12] for k in (0, 12, 24)]
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs) and epochs[0] != epochs[1]
+    assert dit_t2i.batch_index(config, 12, 5) == drawn[20:24]
+    straddling = dit_t2i.batch_index(config, 6, 1)  # the last batch of an epoch is filled from the next
+    assert len(straddling) == 4
+
+
+# ---- emoji, drawn by hand so that no font is needed ----
+
+SHAPES = ["car", "fish", "dog", "owl", "pear", "key"]
+
+
+def draw_shape(seed, size):
+    """In place of draw_emoji: each thing a different arrangement of a body in colour and a grey detail."""
+    index = seed % len(SHAPES)
+    picture = Image.new("RGBA", (size, size))
+    pen = ImageDraw.Draw(picture)
+    pen.rectangle([size // 8, size // 4, size // 8 + (index + 2) * size // 10, size * 3 // 4], "#c04020")
+    pen.ellipse([size // 2, index * size // 12, size * 3 // 4, index * size // 12 + size // 4], "#303030")
+    return picture, SHAPES[index], []
+
+
+@pytest.fixture
+def emoji(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dit_t2i, "emoji_things", lambda: [("", name) for name in SHAPES])
+    monkeypatch.setattr(dit_t2i, "draw_emoji", draw_shape)
+    return lambda **options: dit_t2i.EmojiSet(32, **options)
+
+
+def test_training_never_shows_the_colours_that_are_held_out(emoji):
+    seen, kept_back = emoji(), emoji(held_out=True)
+    held = {name for name in SHAPES if name in dit_t2i.HELD_OUT}
+    assert held == {"dog", "owl", "pear", "key"} and len(kept_back) == 4 * 8
+    shown = {(seen.names[i], colour) for i, colour in seen.pairs}
+    assert shown.isdisjoint((kept_back.names[i], colour) for i, colour in kept_back.pairs)
+    assert {(thing, hue) for thing in ("car", "fish") for hue in dit_t2i.HUES} <= shown
+    assert all((thing, None) in shown and (thing, "brown") in shown for thing in SHAPES)
+    _, captions = seen.batch(list(range(len(seen))) * 20, common.generator(0))
+    assert not any(f"{hue} {thing}" in caption for hue in dit_t2i.HUES for thing in held for caption in captions)
+
+
+def test_colours_and_things_of_true_pictures_are_recognised(emoji):
+    data = emoji()
+    index = [i for i, (_, colour) in enumerate(data.pairs) if colour in dit_t2i.HUES]
+    x, captions = data.batch(index, common.generator(0))
+    on_white = [k for k, caption in enumerate(captions) if "background" not in caption]
+    rgb = (x[on_white] + 1) / 2
+    colours = [data.pairs[index[k]][1] for k in on_white]
+    things = [data.names[data.pairs[index[k]][0]] for k in on_white]
+    assert len(rgb) > 5 and dit_t2i.colour_seen(rgb) == colours and dit_t2i.things_seen(rgb, data) == things
+    # ... and the measures can say no.
+    assert dit_t2i.colour_seen(rgb.flip(1)) != colours and dit_t2i.things_seen(rgb.flip(3), data) != things
+
+
+def test_captions_of_emoji_tell_the_truth(emoji):
+    data = emoji()
+    x, captions = data.batch([*range(len(data))] * 5, common.generator(1))
+    words = Words.learn(data.all_captions(), 16)
+    white, grounds = 0, set()
+    for picture, caption in zip((x + 1) / 2, captions):
+        assert words.complaints(caption) == []
+        corner = picture[:, 0, 0]
+        if "background" in caption:
+            name = caption.split()[-2]
+            grounds.add(name)
+            assert torch.allclose(corner, 0.45 * dit_t2i.rgb_of([name]).flatten() + 0.55, atol=1e-3)
+            assert caption.count(name) == 1
+        else:
+            white += 1
+            assert (corner == 1).all()
+    assert 0.3 < white / len(x) < 0.7 and grounds == set(dit_t2i.HUES)
+
+
+def test_tint_keeps_shading_greys_and_transparency():
+    rgba = torch.zeros(1, 4, 4, 4)
+    rgba[:, :3, :3] = torch.tensor([0.8, 0.2, 0.2]).view(3, 1, 1) * torch.tensor([0.5, 0.8, 1.0]).view(3, 1)
+    rgba[:, :3, 3] = 0.4  # a grey row
+    rgba[:, 3, :, 1:] = 1
+    blue = dit_t2i.tint(rgba, dit_t2i.rgb_of(["blue"]))
+    assert torch.equal(blue[:, 3], rgba[:, 3]) and torch.equal(blue[:, :3, 3], rgba[:, :3, 3])
+    brightness = dit_t2i.luma(blue[:, :3])[0, 0, :3, 2]
+    assert brightness[0] < brightness[1] < brightness[2]
+    turn, _ = dit_t2i.hue(blue[:, :3, :3])
+    assert torch.allclose(turn, dit_t2i.hue(dit_t2i.rgb_of(["blue"]))[0].expand_as(turn), atol=0.02)
+    skull = torch.ones(1, 4, 4, 4)  # no colour of its own: tinted all over
+    assert dit_t2i.colour_seen(dit_t2i.tint(skull * 0.6, dit_t2i.rgb_of(["green"]))[:, :3]) == ["green"]
+
+
+def test_names_of_emoji_are_plain_words():
+    called = {"\N{AUTOMOBILE}": "car", "\N{FISH}": "fish", "\N{HOT BEVERAGE}": "coffee", "\N{TOP HAT}": "top hat"}
+    assert {character: dit_t2i.emoji_name(character) for character in called} == called
+    nothing = "\N{CLOCK FACE TWO OCLOCK}", "\N{GREEN BOOK}", "\N{LEFT RIGHT ARROW}", "\N{SQUARED OK}", "A", "\ue000"
+    assert [dit_t2i.emoji_name(character) for character in nothing] == [""] * len(nothing)
+
+
+def test_missing_emoji_font_is_said_in_one_line(monkeypatch):
+    monkeypatch.setattr(dit_t2i, "EMOJI_FONTS", (("no such font.ttf", 12),))
+    dit_t2i.emoji_font.cache_clear()
+    with pytest.raises(UserError, match="fonts-noto-color-emoji"):
+        dit_t2i.emoji_font()
+
+
+# ---- captioned folders, runs ----
+
+TINY = dict(image_size=8, patch_size=2, depth=2, num_heads=2, head_dim=8, text_dim=12)
+
+
+@pytest.fixture
+def captioned(tmp_path):
+    """30 plain pictures: metadata.jsonl names the first 20, .txt files lie beside the others but one."""
+    folder = tmp_path / "captioned"
+    folder.mkdir()
+    lines = []
+    for i in range(30):
+        name = ("red", "green", "blue")[i % 3]
+        Image.new("RGB", (8, 8), name).save(folder / f"{i:02d}.png")
+        if i < 20:
+            lines.append(json.dumps({"file_name": f"{i:02d}.png", "text": f"a {name} square"}))
+        elif i < 29:
+            (folder / f"{i:02d}.txt").write_text(f"{name} tile\n")
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture
+def train(captioned, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def run(out, **changes):
+        values = dict(TINY, data=str(captioned), out=str(out), batch_size=8, lr=1e-3, minutes=None, device="cpu")
+        return dit_t2i.train(Config(**(values | dict(precision="fp32") | changes)))
+
+    return run
+
+
+def test_captions_come_from_metadata_and_side_cars(captioned):
+    _, data, held_out, skipped = dit_t2i.load_data(Config(data=str(captioned), image_size=8))
+    assert len(data) + len(held_out) == 29 and len(held_out) == 1
+    assert len(skipped) == 1 and skipped[0].endswith("29.png: no caption")
+    x, captions = data.batch(range(len(data)), common.generator(0))
+    assert sum("tile" in caption for caption in captions) in (8, 9)
+    for picture, caption in zip(x, captions):
+        channel = ["red", "green", "blue"].index(next(w for w in caption.split() if w in ("red", "green", "blue")))
+        assert picture.mean(dim=(1, 2)).argmax() == channel
+    (captioned / "metadata.jsonl").write_text("not json\n")
+    with pytest.raises(UserError, match="line 1"):
+        common.read_captions(captioned)
+
+
+def test_resumed_run_ends_with_the_same_bits(train, tmp_path):
+    train(tmp_path / "whole", steps=8, grad_accum=2)
+    train(tmp_path / "halves", steps=4, grad_accum=2, decay="none", warmup=0.0)
+    train(tmp_path / "plain", steps=8, grad_accum=2, decay="none", warmup=0.0)
+    train(tmp_path / "halves", steps=8, grad_accum=2, decay="none", warmup=0.0, resume=True)
+    for name in ("model.safetensors", "state.safetensors", "best.safetensors"):
+        one, other = load_file(tmp_path / "plain" / name), load_file(tmp_path / "halves" / name)
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert not torch.equal(
+        load_file(tmp_path / "whole" / "model.safetensors")["text_proj.weight"],
+        load_file(tmp_path / "plain" / "model.safetensors")["text_proj.weight"],
+    )
+
+
+def test_more_epochs_go_on_where_fewer_ended(train, tmp_path):
+    options = dict(decay="none", warmup=0.0)
+    train(tmp_path / "three", epochs=3, **options)
+    train(tmp_path / "more", epochs=1, **options)
+    assert safe_open(tmp_path / "more" / "model.safetensors", "pt").metadata()
+    train(tmp_path / "more", epochs=3, resume=True, **options)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("three", "more"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    header = json.loads(safe_open(tmp_path / "more" / "model.safetensors", "pt").metadata()["config"])
+    assert header["step"] == 3 * math.ceil(28 / 8)
+
+
+def test_a_tenth_of_the_captions_is_left_out(train, tmp_path, monkeypatch):
+    empty = []
+
+    def loss(config, model, x, text, draw, honest=dit_t2i.flow_loss):
+        if model.training:
+            empty.extend((text == 0).all(dim=1).tolist())
+        return honest(config, model, x, text, draw)
+
+    monkeypatch.setattr(dit_t2i, "flow_loss", loss)
+    train(tmp_path / "run", steps=60, batch_size=16, null_prob=0.1)
+    assert len(empty) == 960 and 0.06 < sum(empty) / 960 < 0.14
+
+
+def test_model_learns_which_word_is_which_colour(train, tmp_path):
+    train(tmp_path / "run", steps=250, batch_size=16, lr=3e-3, checkpoint_every=1000, cfg=1.0)
+    model, _, header = dit_t2i.load_model(tmp_path / "run" / "model.safetensors", "cpu")
+    words = Words(header["text"]["words"], header["text"]["length"])
+    text, null = words(["a red square", "a green square", "a blue square"]), words([""])
+    options = SampleConfig(num=4, cfg=2.0, precision="fp32")
+    drawn = dit_t2i.sample(model, options, text, null, (3, 8, 8)).mean(dim=(2, 3))
+    assert drawn.argmax(dim=1).tolist() == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_other_pictures_under_the_same_name_are_not_resumed_with(train, captioned, tmp_path):
+    train(tmp_path / "run", steps=2)
+    Image.new("RGB", (8, 8), "pink").save(captioned / "90.png")
+    (captioned / "90.txt").write_text("pink square")
+    with pytest.raises(UserError, match="not those"):
+        train(tmp_path / "run", steps=4, resume=True)
+
+
+# ---- the command line ----
+
+
+@pytest.fixture
+def weights(train, tmp_path):
+    """A checkpoint of a run, with random numbers for weights: a model that has hardly trained says 0 to everything."""
+    train(tmp_path / "run", steps=1)
+    path = tmp_path / "run" / "model.safetensors"
+    tensors, header = common.load_tensors(path)
+    common.save_tensors(path, {name: torch.randn(tensor.shape) / 2 for name, tensor in tensors.items()}, header)
+    return path
+
+
+def test_sample_draws_a_row_for_each_prompt(weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "list.txt").write_text("a blue tile\n\ngreen\n")
+    words = ["sample", "a red sqare", "--prompts", "list.txt", "--weights", str(weights), "--num", "2", "--steps", "3"]
+    assert dit_t2i.main([*words, "--out", "a.png", "--each", "each", "--gif", "a.gif", "--size", "12"]) == 0
+    assert Image.open("a.png").size == (24, 36) and len(list((tmp_path / "each").iterdir())) == 6
+    assert Image.open("a.gif").n_frames >= 3
+    assert "unknown word 'sqare'; near it are square" in capsys.readouterr().err
+    assert dit_t2i.main([*words, "--out", "b.png", "--negative", "red"]) == 0
+    assert dit_t2i.main([*words, "--out", "c.png"]) == 0
+    assert Image.open("b.png").tobytes() != Image.open("c.png").tobytes()
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["sample"], "no prompt"),
+        (["sample", ""], "no prompt"),
+        (["sample", "zebra"], "no word of 'zebra' is known"),
+        (["sample", "red", "--size", "9"], "--size 9 is no multiple of 2"),
+        (["sample", "red", "--weights", "jit.safetensors"], "checkpoint of jit_lab"),
+        (["sample", "red", "--weights", "foreign.safetensors"], "no checkpoint of dit_t2i.py"),
+        (["sample", "red", "--prompts", "missing.txt"], "cannot read prompts"),
+        (["sample", "red", "--cfg", "-1"], "--cfg -1.0: must be at least 0"),
+        (["evaluate"], "--data emoji only"),
+        (["train", "--data", "nowhere"], "no folder nowhere"),
+        (["train", "--data", "bare"], "no captions in bare"),
+        (["train", "--data", "captioned", "--patch-size", "3", "--image-size", "8"], "--patch-size 3 does not divide"),
+        (["train", "--data", "captioned", "--vae", "x"], "with prepare"),
+        (["train", "--data", "captioned", "--encoder", "clip"], "name CLIP's files with --clip"),
+        (["train", "--data", "cut"], "no readable shard"),
+        (["prepare", "--data", "captioned"], "prepare needs"),
+    ],
+)
+def test_mistakes_end_in_one_line(weights, tmp_path, monkeypatch, capsys, words, says):
+    monkeypatch.chdir(tmp_path)
+    save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    header = {"config": json.dumps({"system": "jit_lab", "config": {}})}
+    save_file({"x": torch.zeros(1)}, tmp_path / "jit.safetensors", metadata=header)
+    (tmp_path / "bare").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "bare" / "a.png")
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "shard_00000.safetensors").write_bytes(weights.read_bytes()[:1000])
+    if words[0] in ("sample", "evaluate") and "--weights" not in words:
+        words = [*words, "--weights", str(weights)]
+    if words[0] == "train":
+        words = [*words, "--steps", "1", "--out", "elsewhere"]
+    capsys.readouterr()
+    assert dit_t2i.main(words) == 2
+    out = capsys.readouterr().err.rpartition("\r")[2]  # behind a progress bar that has wiped itself out
+    assert out.startswith("error: ") and out.count("\n") == 1 and says in out
+
+
+def test_published_checkpoint_loads_without_its_pickle(tmp_path):
+    model = awake(in_channels=4, text_dim=768, latent_size=32, num_heads=2, head_dim=16)
+    content = {"model": {}, "ema_model": model.state_dict(), "epoch": 3, "train_config": {"lr": 1e-4}}
+    torch.save(content, tmp_path / "best.pt")
+    loaded, config, header = dit_t2i.load_model(tmp_path / "best.pt", "cpu")
+    z, text = torch.randn(1, 4, 32, 32), torch.randn(1, 7, 768)
+    assert torch.equal(loaded(z, torch.tensor([0.5]), text), model(z, torch.tensor([0.5]), text))
+    assert config.cfg == 4.0 and header["latent"] == [4, 32] and loaded.predict == "velocity"
+
+
+def test_config_survives_its_checkpoint(weights):
+    _, config, header = dit_t2i.load_model(weights, "cpu")
+    assert {k: getattr(config, k) for k in TINY} == TINY
+    assert dataclasses.asdict(config)["cfg"] == 3.0 and header["latent"] == [3, 8]
+
+
+# ---- prepared shards ----
+
+
+@pytest.fixture
+def partners(tmp_path):
+    """A tiny VAE and a tiny CLIP with the published tokenizer, as files: (VAE, folder of CLIP)."""
+    torch.manual_seed(0)
+    vae = common.AutoencoderKL(widths=(32, 32, 32, 32))
+    save_file(vae.state_dict(), tmp_path / "vae.safetensors")
+    clip = dit_t2i.ClipTextEncoder(dim=64, hidden=64, depth=1)
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    save_file({f"text_model.{k}": v for k, v in clip.state_dict().items()}, folder / "model.safetensors")
+    shutil.copy(FIXTURES / "clip_merges.txt.gz", folder / "merges.txt.gz")
+    return tmp_path / "vae.safetensors", folder
+
+
+@pytest.fixture
+def prepare(captioned, partners, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (captioned / "broken.png").write_bytes(b"no picture")
+    (captioned / "broken.txt").write_text("nothing")
+    words = [
+        "prepare",
+        "--data",
+        str(captioned),
+        "--out",
+        "shards",
+        "--vae",
+        str(partners[0]),
+        "--clip",
+        str(partners[1]),
+    ]
+    words += ["--image-size", "16", "--shard", "8", "--batch-size", "3", "--device", "cpu", "--precision", "fp32"]
+    return lambda *more: dit_t2i.main([*words, *more])
+
+
+def test_prepared_shards_hold_what_the_encoders_say(prepare, partners, captioned, capsys):
+    assert prepare() == 0
+    out = capsys.readouterr().out
+    assert "29 samples in shards" in out and "skipped 2" in out and "29.png: no caption" in out and "broken.png" in out
+    data = dit_t2i.ShardSet("shards")
+    assert len(data) == 29
+    latents, text = data.batch([28, 0], common.generator(0))
+    vae, clip = common.load_vae(partners[0]), dit_t2i.Clip(partners[1])
+    for i, row in ((28, 0), (0, 1)):
+        picture = torch.from_numpy(common.read_picture(captioned / f"{i:02d}.png", 16).copy()).permute(2, 0, 1)[None]
+        assert torch.allclose(latents[row], vae.encode(picture / 127.5 - 1)[0].bfloat16().float(), atol=1e-2)
+        assert torch.allclose(text[row], clip([data.caption(i)])[0].bfloat16().float(), atol=1e-2)
+    assert torch.allclose(data.null, clip([""]).bfloat16().float(), atol=1e-2)
+    flipped, _ = dit_t2i.ShardSet("shards", flip=1.0).batch([28, 0], common.generator(0))
+    assert torch.equal(flipped, latents.flip(-1))
+
+
+def test_prepare_goes_on_after_a_kill_with_nothing_done_twice(prepare, monkeypatch, tmp_path):
+    saved = []
+
+    def save(path, *arguments, honest=common.save_tensors):
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        saved.append(path.name)
+        honest(path, *arguments)
+
+    monkeypatch.setattr(common, "save_tensors", save)
+    assert prepare() == 130 and saved == ["shard_00000.safetensors", "shard_00001.safetensors"]
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()}
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    encoded = []
+
+    def encode(self, x, honest=common.AutoencoderKL.encode):
+        encoded.append(len(x))
+        return honest(self, x)
+
+    monkeypatch.setattr(common.AutoencoderKL, "encode", encode)
+    assert prepare() == 0 and sum(encoded) == 29 - 16
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
+    assert len(dit_t2i.ShardSet("shards")) == 29
+    assert prepare() == 0 and sum(encoded) == 29 - 16  # a finished folder is left as it is
+    assert prepare("--image-size", "24") == 2
+
+
+def test_training_and_sampling_from_shards(prepare, partners, tmp_path, capsys):
+    assert prepare() == 0
+    words = ["train", "--preset", "paper", "--data", "shards", "--out", "run", "--epochs", "2", "--batch-size", "8"]
+    words += ["--patch-size", "1", "--depth", "1", "--num-heads", "2", "--head-dim", "8", "--device", "cpu"]
+    assert dit_t2i.main([*words, "--text-dim", "768"]) == 2 and "is 64 wide" in capsys.readouterr().err
+    assert dit_t2i.main([*words, "--text-dim", "64", "--precision", "fp32"]) == 0
+    sampling = ["sample", "a red square", "--weights", "run/model.safetensors", "--steps", "2", "--num", "1"]
+    assert dit_t2i.main([*sampling, "--clip", str(partners[1])]) == 2 and "--vae" in capsys.readouterr().err
+    sampling += ["--vae", str(partners[0]), "--clip", str(partners[1])]
+    assert dit_t2i.main([*sampling, "--size", "32", "--gif", "a.gif"]) == 0
+    assert Image.open("samples/dit_t2i.png").size == (32, 32)
+    # Another VAE of the same shape, and one with other channels.
+    torch.manual_seed(1)
+    other = tmp_path / "other.safetensors"
+    save_file(common.AutoencoderKL(widths=(32, 32, 32, 32)).state_dict(), other)
+    assert dit_t2i.main([*sampling, "--vae", str(other)]) == 2 and "not the weights" in capsys.readouterr().err
+    save_file(common.AutoencoderKL(32, widths=(32, 32, 32, 32), batch_norm=True).state_dict(), other)
+    assert dit_t2i.main([*sampling, "--vae", str(other)]) == 2 and "has 32 channels" in capsys.readouterr().err
+    long = ["sample", "red " * 100, *sampling[2:]]
+    assert dit_t2i.main(long) == 0 and "25 tokens" in capsys.readouterr().err
+
+
+def test_shard_that_was_cut_short_is_named(prepare, tmp_path, capsys):
+    assert prepare() == 0
+    path = tmp_path / "shards" / "shard_00001.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(UserError, match="is no readable shard"):
+        dit_t2i.ShardSet("shards")
+    header = json.loads(safe_open(tmp_path / "shards" / "shard_00000.safetensors", "pt").metadata()["config"])
+    short = {"latents": torch.zeros(3, 4, 2, 2), "text": torch.zeros(3, 77, 64), "null": torch.zeros(1, 77, 64)}
+    common.save_tensors(path, short, header)
+    with pytest.raises(UserError, match="disagree"):
+        dit_t2i.ShardSet("shards")
+
+
+# ---- drawn scenes ----
+
+SCENES = [dit_t2i.draw_scene(seed, 64) for seed in range(1500)]
+
+
+def pixels(picture):
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+
+
+def where_is(picture, colour):
+    """How many pixels are about that colour, and their mean (x, y) in [-1, 1]."""
+    near = (pixels(picture) - dit_t2i.rgb_of([colour])[0]).abs().amax(dim=0) < 0.09
+    y, x = torch.nonzero(near, as_tuple=True)
+    return len(x), x.float().mean().item() / 31.5 - 1, y.float().mean().item() / 31.5 - 1
+
+
+def test_scene_is_a_function_of_its_seed_and_no_two_are_alike():
+    for seed in (3, 4):
+        picture, *words = dit_t2i.draw_scene(seed, 64)
+        assert picture.tobytes() == SCENES[seed][0].tobytes() and tuple(words) == SCENES[seed][1:]
+    assert len({picture.tobytes() for picture, _, _ in SCENES}) == len(SCENES)
+
+
+def test_scenes_show_the_colours_that_they_name():
+    shares = []
+    for picture, caption, things in SCENES:
+        for thing in things:
+            words = caption.split()
+            colour = words[words.index(thing) - 1]
+            shares.append(where_is(picture, colour)[0] / 64**2)
+    # The window of a small house leaves little; a wrong colour would leave nothing.
+    assert min(shares) > 0.004 and sum(share > 0.02 for share in shares) > 0.9 * len(shares)
+
+
+def test_scenes_keep_what_they_say_of_places():
+    checked = 0
+    sides = {"on the left": (0, -1), "on the right": (0, 1), "at the top": (1, -1), "at the bottom": (1, 1)}
+    for picture, caption, things in SCENES:
+        words = caption.split()
+        spots = [where_is(picture, words[words.index(thing) - 1])[1:] for thing in things]
+        for said, (axis, sign) in sides.items():
+            if said in caption:
+                assert sign * spots[0][axis] > 0.15, caption
+                checked += 1
+        if len(things) == 2 and words[words.index(things[0]) - 1] != words[words.index(things[1]) - 1]:
+            relation = next(relation for relation in dit_t2i.RELATIONS if f"{things[0]} {relation} " in caption)
+            dx, dy = dit_t2i.RELATIONS[relation]
+            away = (spots[0][0] - spots[1][0]) * dx + (spots[0][1] - spots[1][1]) * dy
+            assert away > 0.2, caption
+            checked += 1
+    assert checked > 300
+
+
+def test_scenes_have_every_object_and_colour_and_a_small_vocabulary():
+    words = Words.learn([caption for _, caption, _ in SCENES], 16)
+    assert words.length <= 11 and len(words.vocabulary) < 60
+    assert set(dit_t2i.OBJECTS) | set(dit_t2i.COLOURS) <= set(words.vocabulary)
+    assert len(dit_t2i.OBJECTS) >= 16 and sum(len(things) == 2 for _, _, things in SCENES) > 250
+    assert not any("a orange" in caption for _, caption, _ in SCENES)

@@ -5,7 +5,6 @@ import json
 import math
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from conftest import FIXTURES
@@ -333,11 +332,11 @@ def emoji(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(dit_t2i, "emoji_things", lambda: [("", name) for name in SHAPES])
     monkeypatch.setattr(dit_t2i, "draw_emoji", draw_shape)
-    return lambda **options: dit_t2i.EmojiSet(32, **options)
+    return dit_t2i.EmojiSet(32)
 
 
 def test_training_never_shows_the_colours_that_are_held_out(emoji):
-    seen, kept_back = emoji(), emoji(held_out=True)
+    seen, kept_back = emoji, emoji.unseen()
     held = {name for name in SHAPES if name in dit_t2i.HELD_OUT}
     assert held == {"dog", "owl", "pear", "key"} and len(kept_back) == 4 * 8
     shown = {(seen.names[i], colour) for i, colour in seen.pairs}
@@ -349,7 +348,7 @@ def test_training_never_shows_the_colours_that_are_held_out(emoji):
 
 
 def test_colours_and_things_of_true_pictures_are_recognised(emoji):
-    data = emoji()
+    data = emoji
     index = [i for i, (_, colour) in enumerate(data.pairs) if colour in dit_t2i.HUES]
     x, captions = data.batch(index, common.generator(0))
     on_white = [k for k, caption in enumerate(captions) if "background" not in caption]
@@ -362,7 +361,7 @@ def test_colours_and_things_of_true_pictures_are_recognised(emoji):
 
 
 def test_captions_of_emoji_tell_the_truth(emoji):
-    data = emoji()
+    data = emoji
     x, captions = data.batch([*range(len(data))] * 5, common.generator(1))
     words = Words.learn(data.all_captions(), 16)
     white, grounds = 0, set()
@@ -711,64 +710,3 @@ def test_shard_that_was_cut_short_is_named(prepare, tmp_path, capsys):
     common.save_tensors(path, short, header)
     with pytest.raises(UserError, match="disagree"):
         dit_t2i.ShardSet("shards")
-
-
-# ---- drawn scenes ----
-
-SCENES = [dit_t2i.draw_scene(seed, 64) for seed in range(1500)]
-
-
-def pixels(picture):
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
-
-
-def where_is(picture, colour):
-    """How many pixels are about that colour, and their mean (x, y) in [-1, 1]."""
-    near = (pixels(picture) - dit_t2i.rgb_of([colour])[0]).abs().amax(dim=0) < 0.09
-    y, x = torch.nonzero(near, as_tuple=True)
-    return len(x), x.float().mean().item() / 31.5 - 1, y.float().mean().item() / 31.5 - 1
-
-
-def test_scene_is_a_function_of_its_seed_and_no_two_are_alike():
-    for seed in (3, 4):
-        picture, *words = dit_t2i.draw_scene(seed, 64)
-        assert picture.tobytes() == SCENES[seed][0].tobytes() and tuple(words) == SCENES[seed][1:]
-    assert len({picture.tobytes() for picture, _, _ in SCENES}) == len(SCENES)
-
-
-def test_scenes_show_the_colours_that_they_name():
-    shares = []
-    for picture, caption, things in SCENES:
-        for thing in things:
-            words = caption.split()
-            colour = words[words.index(thing) - 1]
-            shares.append(where_is(picture, colour)[0] / 64**2)
-    # The window of a small house leaves little; a wrong colour would leave nothing.
-    assert min(shares) > 0.004 and sum(share > 0.02 for share in shares) > 0.9 * len(shares)
-
-
-def test_scenes_keep_what_they_say_of_places():
-    checked = 0
-    sides = {"on the left": (0, -1), "on the right": (0, 1), "at the top": (1, -1), "at the bottom": (1, 1)}
-    for picture, caption, things in SCENES:
-        words = caption.split()
-        spots = [where_is(picture, words[words.index(thing) - 1])[1:] for thing in things]
-        for said, (axis, sign) in sides.items():
-            if said in caption:
-                assert sign * spots[0][axis] > 0.15, caption
-                checked += 1
-        if len(things) == 2 and words[words.index(things[0]) - 1] != words[words.index(things[1]) - 1]:
-            relation = next(relation for relation in dit_t2i.RELATIONS if f"{things[0]} {relation} " in caption)
-            dx, dy = dit_t2i.RELATIONS[relation]
-            away = (spots[0][0] - spots[1][0]) * dx + (spots[0][1] - spots[1][1]) * dy
-            assert away > 0.2, caption
-            checked += 1
-    assert checked > 300
-
-
-def test_scenes_have_every_object_and_colour_and_a_small_vocabulary():
-    words = Words.learn([caption for _, caption, _ in SCENES], 16)
-    assert words.length <= 11 and len(words.vocabulary) < 60
-    assert set(dit_t2i.OBJECTS) | set(dit_t2i.COLOURS) <= set(words.vocabulary)
-    assert len(dit_t2i.OBJECTS) >= 16 and sum(len(things) == 2 for _, _, things in SCENES) > 250
-    assert not any("a orange" in caption for _, caption, _ in SCENES)

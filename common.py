@@ -119,6 +119,18 @@ class RMSNorm(nn.Module):
         return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
 
 
+class TimestepEmbedder(nn.Module):
+    """(B,) times -> (B, width): sinusoid of `scale` times t, then a two-layer MLP."""
+
+    def __init__(self, width, scale=1.0, frequency_dim=256):
+        super().__init__()
+        self.scale, self.frequency_dim = scale, frequency_dim
+        self.mlp = nn.Sequential(nn.Linear(frequency_dim, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t):
+        return self.mlp(timestep_embedding(self.scale * t.float(), self.frequency_dim).to(self.mlp[0].weight.dtype))
+
+
 def modulate(x, shift, scale):
     """AdaLN: x (B, N, D), scaled and shifted as the condition says by (B, D) each (Peebles & Xie 2022, section 3.2)."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
@@ -311,8 +323,11 @@ def run_command_line(doc, verbs, argv=None):
     except (UserError, OSError) as problem:  # an OSError that nobody foresaw, such as a disk that fills up meanwhile
         print(f"error: {problem}", file=sys.stderr)
         return 2
-    except (torch.OutOfMemoryError, MemoryError):
-        print("error: out of memory; lower --batch-size, or raise --grad-accum", file=sys.stderr)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as problem:
+        # On a CPU torch says so in a plain RuntimeError.
+        if type(problem) is RuntimeError and "can't allocate memory" not in str(problem):
+            raise
+        print("error: out of memory; lower --batch-size or the pictures' size, or raise --grad-accum", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -962,22 +977,28 @@ def load_pictures(data, size):
     return pictures, [str(path) for path in paths], skipped
 
 
-def read_captions(folder):
-    """Captions below `folder`: path -> (text, tags). From each metadata.jsonl in the imagefolder convention (lines with
-    "file_name", "text" and perhaps "tags"), else from the .txt that lies beside a picture. Raises UserError on a line
-    that is not JSON."""
-    captions = {}
-    for path in Path(folder).rglob("*.txt"):
-        captions |= {path.with_suffix(suffix): (path.read_text().strip(), []) for suffix in PICTURE_SUFFIXES}
+def read_captions(paths, folder):
+    """Captions of pictures: path -> (text, tags), for those that have one. From each metadata.jsonl below `folder` in
+    the imagefolder convention (lines with "file_name", "text" and perhaps "tags"), else from the .txt beside a picture.
+    Raises UserError on a file that is not UTF-8 and on a line that does not say these two things."""
+
+    def read(path):
+        try:
+            return path.read_text("utf-8-sig")
+        except UnicodeDecodeError:
+            raise UserError(f"{path} is not UTF-8 text; save it as UTF-8") from None
+
+    captions = {path: (read(path.with_suffix(".txt")), []) for path in paths if path.with_suffix(".txt").is_file()}
     for path in sorted(Path(folder).rglob("metadata.jsonl")):
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        for number, line in enumerate(read(path).split("\n"), 1):
             try:
-                row = json.loads(line)
-                captions[path.parent / row["file_name"]] = (row["text"], row.get("tags", []))
+                row = json.loads(line) if line.strip() else None
+                if row:
+                    captions[path.parent / row["file_name"]] = (row["text"] + "", row.get("tags", []))
             except (ValueError, KeyError, TypeError):
                 what = 'a line should read {"file_name": "1.png", "text": "a red car"}'
                 raise UserError(f"{path}, line {number}: {what}") from None
-    return captions
+    return {path: (text.strip(), tags) for path, (text, tags) in captions.items() if text.strip()}
 
 
 @dataclasses.dataclass
@@ -1060,7 +1081,7 @@ def save_gif(frames, path, milliseconds=200):
 # Run folders
 
 # May differ between a run and its resumption: how long, where, and how often to save. All else would change the run.
-MAY_CHANGE = {"out", "minutes", "steps", "epochs", "device", "compile", "checkpoint_every", "resume"}
+MAY_CHANGE = {"out", "minutes", "steps", "epochs", "vae", "clip", "device", "compile", "checkpoint_every", "resume"}
 PROGRESS_BAR = "{percentage:3.0f}% {bar} {elapsed} passed, {remaining} left{postfix}"
 NOISE_BINS = 8
 LOG_COLUMNS = ["step", "seconds", "images", "loss", "lr", "grad_norm", "images_per_second"]
@@ -1109,7 +1130,7 @@ class Run:
         if skipped:
             save_atomically(self.folder / "skipped.txt", lambda part: part.write_text("\n".join(skipped) + "\n"))
             first = "; ".join(skipped[:3]) + ("; ..." if len(skipped) > 3 else "")
-            print(f"skipped {len(skipped)} unreadable files, listed in {self.folder}/skipped.txt: {first}")
+            print(f"skipped {len(skipped)} files, listed in {self.folder}/skipped.txt: {first}")
 
     def banner(self, model, device, precision, data):
         """The line that opens a run."""
@@ -1242,8 +1263,9 @@ class Run:
         if changed:
             asked = ", ".join(f"--{k.replace('_', '-')} {before.get(k)} (not {now[k]})" for k in changed[:3])
             raise UserError(f"{self.folder} was made with {asked}; resume with the same options, or name another --out")
-        if any(header.get(key) != value for key, value in self.header.items()):
-            raise UserError(f"the pictures in {self.config.data} are not those that {self.folder} began with")
+        other = [key for key, value in self.header.items() if header.get(key) != value]
+        if other:
+            raise UserError(f"{self.folder} began with another {other[0]}; resume with the same, or name another --out")
         unpack_state(tensors, self.state_path, model, ema, optimizer, scaler)
         self.step, self.images, self.seconds_before = header["step"], header["images"], header["seconds"]
         self.best = header["best"]

@@ -32,6 +32,7 @@ import common
 from common import (
     RMSNorm,
     Run,
+    TimestepEmbedder,
     UserError,
     apply_rope,
     attention,
@@ -42,7 +43,6 @@ from common import (
     option,
     rope_2d,
     sincos_2d,
-    timestep_embedding,
 )
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -240,18 +240,6 @@ class PatchEmbed(nn.Module):
         return self.proj2(self.proj1(x)).flatten(2).transpose(1, 2).contiguous()
 
 
-class TimestepEmbedder(nn.Module):
-    """t in [0, 1] -> (B, D): sinusoid of t as it is (the source does not scale it), then a two-layer MLP."""
-
-    def __init__(self, hidden_size, frequency_dim=256):
-        super().__init__()
-        self.frequency_dim = frequency_dim
-        self.mlp = nn.Sequential(nn.Linear(frequency_dim, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
-
-    def forward(self, t):
-        return self.mlp(timestep_embedding(t, self.frequency_dim))
-
-
 class LabelEmbedder(nn.Module):
     """Class label -> (B, D). The last row of the table, number num_classes, is the null label of guidance."""
 
@@ -366,7 +354,7 @@ class JiT(nn.Module):
         # Frozen, but part of the published checkpoints, hence a parameter and not a buffer.
         self.pos_embed = nn.Parameter(sincos_2d(self.grid, hidden_size), requires_grad=False)
         self.in_context_posemb = nn.Parameter(torch.empty(1, in_context_len, hidden_size)) if in_context_len else None
-        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)  # of t as it is: the source does not scale it
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
         self.x_embedder = PatchEmbed(patch_size, in_channels, bottleneck_dim, hidden_size)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads) for _ in range(depth))

@@ -90,7 +90,12 @@ def test_positions_are_a_centred_grid_and_a_diagonal_behind_it():
         assert torch.allclose(image[0][:, k], torch.cos(position * frequency), atol=1e-5)
         assert torch.allclose(image[1][:, k], torch.sin(position * frequency), atol=1e-5)
     for k, frequency in enumerate([1, 0.01, 1, 0.01]):
-        assert torch.allclose(text[1][:, k], torch.sin(torch.tensor([8.0, 9, 10]) * frequency), atol=1e-5)
+        angles = torch.tensor([8.0, 9, 10]) * frequency
+        assert torch.allclose(text[0][:, k], torch.cos(angles), atol=1e-5)
+        assert torch.allclose(text[1][:, k], torch.sin(angles), atol=1e-5)
+    # Beside a picture that is no square, text begins where the longer side ends.
+    for shape in ((16, 24), (24, 16)):
+        assert dit_t2i.msrope(*shape, 1, 8)[0][1][0, 0] == pytest.approx(math.sin(12), abs=1e-5)
 
 
 def test_larger_picture_has_the_trained_positions_in_its_middle():
@@ -121,19 +126,18 @@ def test_attention_is_joint():
     assert (seen[0] - seen[1]).abs().max() > 1e-2
 
 
-def test_time_is_not_rounded_under_autocast():
+@pytest.mark.parametrize("whole", [False, True])
+def test_time_is_not_rounded_before_its_sinusoid(whole):
+    """The published code's t is bfloat16 under autocast: 753.1 becomes 752."""
     model = awake()
-    t = torch.linspace(0.25, 1, 500)
-    with torch.autocast("cpu", torch.bfloat16):
-        embedded = common.timestep_embedding(1000 * t, 256)
-    assert embedded.dtype == torch.float32
-    exact = common.timestep_embedding(1000 * t, 256)
-    assert torch.equal(embedded, exact)
     seen = []
     model.step_embed.mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    z, _, text = inputs()
+    t = torch.tensor([0.7531, 0.7519])
     with torch.autocast("cpu", torch.bfloat16):
-        model(*inputs())
-    assert seen[0].dtype == torch.float32
+        (model.bfloat16() if whole else model)(z, t, text)
+    exact = common.timestep_embedding(1000 * t, 256)
+    assert torch.equal(seen[0].float(), exact.bfloat16().float() if whole else exact)
 
 
 def test_prediction_of_data_becomes_the_velocity_to_it():
@@ -314,7 +318,7 @@ def test_every_sample_comes_once_an_epoch():
 
 # ---- emoji, drawn by hand so that no font is needed ----
 
-SHAPES = ["car", "fish", "dog", "owl", "pear", "key"]
+SHAPES = ["car", "fish", "dog", "owl", "pear", "dog face"]
 
 
 def draw_shape(seed, size):
@@ -337,13 +341,16 @@ def emoji(monkeypatch, tmp_path):
 
 def test_training_never_shows_the_colours_that_are_held_out(emoji):
     seen, kept_back = emoji, emoji.unseen()
-    held = {name for name in SHAPES if name in dit_t2i.HELD_OUT}
-    assert held == {"dog", "owl", "pear", "key"} and len(kept_back) == 4 * 8
+    held = {"dog", "owl", "pear"}
+    assert {kept_back.names[i] for i, _ in kept_back.pairs} == held and len(kept_back) == 3 * 8
     shown = {(seen.names[i], colour) for i, colour in seen.pairs}
     assert shown.isdisjoint((kept_back.names[i], colour) for i, colour in kept_back.pairs)
     assert {(thing, hue) for thing in ("car", "fish") for hue in dit_t2i.HUES} <= shown
     assert all((thing, None) in shown and (thing, "brown") in shown for thing in SHAPES)
+    _, data, held_out, _ = dit_t2i.load_data(Config(data="emoji", image_size=32))
+    assert data.pairs == seen.pairs and held_out.pairs == kept_back.pairs
     _, captions = seen.batch(list(range(len(seen))) * 20, common.generator(0))
+    # "dog face" neither: that would be a red dog.
     assert not any(f"{hue} {thing}" in caption for hue in dit_t2i.HUES for thing in held for caption in captions)
 
 
@@ -444,6 +451,7 @@ def train(captioned, tmp_path, monkeypatch):
 def test_captions_come_from_metadata_and_side_cars(captioned):
     _, data, held_out, skipped = dit_t2i.load_data(Config(data=str(captioned), image_size=8))
     assert len(data) + len(held_out) == 29 and len(held_out) == 1
+    assert set(data.index).isdisjoint(held_out.index)
     assert len(skipped) == 1 and skipped[0].endswith("29.png: no caption")
     x, captions = data.batch(range(len(data)), common.generator(0))
     assert sum("tile" in caption for caption in captions) in (8, 9)
@@ -452,7 +460,10 @@ def test_captions_come_from_metadata_and_side_cars(captioned):
         assert picture.mean(dim=(1, 2)).argmax() == channel
     (captioned / "metadata.jsonl").write_text("not json\n")
     with pytest.raises(UserError, match="line 1"):
-        common.read_captions(captioned)
+        common.read_captions([], captioned)
+    (captioned / "metadata.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="not UTF-8"):
+        common.read_captions([], captioned)
 
 
 def test_resumed_run_ends_with_the_same_bits(train, tmp_path):
@@ -508,8 +519,49 @@ def test_other_pictures_under_the_same_name_are_not_resumed_with(train, captione
     train(tmp_path / "run", steps=2)
     Image.new("RGB", (8, 8), "pink").save(captioned / "90.png")
     (captioned / "90.txt").write_text("pink square")
-    with pytest.raises(UserError, match="not those"):
+    with pytest.raises(UserError, match="began with another data"):
         train(tmp_path / "run", steps=4, resume=True)
+
+
+def test_best_checkpoint_is_that_of_the_least_held_out_loss(train, tmp_path, monkeypatch):
+    losses = []
+
+    def loss(config, model, x, text, draw, honest=dit_t2i.flow_loss):
+        costs, t = honest(config, model, x, text, draw)
+        if model.training:
+            return costs, t
+        losses.append([3.0, 1.0, 2.0][len(losses)])
+        return torch.full_like(costs, losses[-1]), t
+
+    monkeypatch.setattr(dit_t2i, "flow_loss", loss)
+    train(tmp_path / "run", steps=3, checkpoint_every=1)
+    header = json.loads(safe_open(tmp_path / "run" / "best.safetensors", "pt").metadata()["config"])
+    assert len(losses) == 3 and header["held_out_loss"] == 1.0 and header["step"] == 2
+
+
+def test_evaluation_counts_right_answers(emoji, weights, monkeypatch, capsys):
+    """True pictures in place of samples are all right; the same under other prompts are mostly wrong."""
+    monkeypatch.setattr(dit_t2i, "HELD_OUT", ["dog", "owl"])
+    tensors, header = common.load_tensors(weights)
+    header["config"] |= {"data": "emoji", "image_size": 32}
+    common.save_tensors(weights, tensors, header)
+    turned = []
+
+    def true_pictures(model, options, text, null, shape):
+        pictures = []
+        for thing in ("dog", "owl"):
+            rgba = emoji.rgba[emoji.names.index(thing)][None] / 255
+            for colour in dit_t2i.HUES:
+                tinted = dit_t2i.tint(rgba, dit_t2i.rgb_of([colour]))
+                pictures += [(tinted[:, :3] * tinted[:, 3:] + 1 - tinted[:, 3:]) * 2 - 1] * options.num
+        return torch.cat(pictures).roll(2 * len(turned), dims=0)
+
+    monkeypatch.setattr(dit_t2i, "sample", true_pictures)
+    assert dit_t2i.main(["evaluate", "--weights", str(weights), "--num", "2"]) == 0
+    assert "of 32 pictures" in (out := capsys.readouterr().out) and out.count("100.0%") == 2
+    turned.append(True)
+    assert dit_t2i.main(["evaluate", "--weights", str(weights), "--num", "2"]) == 0
+    assert "0.0% have the right hue and 87.5% look" in capsys.readouterr().out
 
 
 # ---- the command line ----
@@ -553,7 +605,9 @@ def test_sample_draws_a_row_for_each_prompt(weights, tmp_path, monkeypatch, caps
         (["train", "--data", "nowhere"], "no folder nowhere"),
         (["train", "--data", "bare"], "no captions in bare"),
         (["train", "--data", "captioned", "--patch-size", "3", "--image-size", "8"], "--patch-size 3 does not divide"),
-        (["train", "--data", "captioned", "--vae", "x"], "with prepare"),
+        (["train", "--data", "captioned", "--vae", "x"], "--vae goes with shards"),
+        (["train", "--vae", "x"], "--vae goes with shards"),
+        (["sample", "the"], "no word of 'the' is known"),
         (["train", "--data", "captioned", "--encoder", "clip"], "name CLIP's files with --clip"),
         (["train", "--data", "cut"], "no readable shard"),
         (["prepare", "--data", "captioned"], "prepare needs"),
@@ -643,7 +697,11 @@ def test_prepared_shards_hold_what_the_encoders_say(prepare, partners, captioned
         picture = torch.from_numpy(common.read_picture(captioned / f"{i:02d}.png", 16).copy()).permute(2, 0, 1)[None]
         assert torch.allclose(latents[row], vae.encode(picture / 127.5 - 1)[0].bfloat16().float(), atol=1e-2)
         assert torch.allclose(text[row], clip([data.caption(i)])[0].bfloat16().float(), atol=1e-2)
+    assert (latents[0] - latents[1]).abs().max() > 0.01 and (text[0] - text[1]).abs().max() > 0.05
     assert torch.allclose(data.null, clip([""]).bfloat16().float(), atol=1e-2)
+    ids = clip.tokenizer(["a cat"])
+    assert torch.equal(clip(["a cat"]), clip.model(ids, mask_padding=True))
+    assert not torch.equal(clip(["a cat"]), clip.model(ids))
     flipped, _ = dit_t2i.ShardSet("shards", flip=1.0).batch([28, 0], common.generator(0))
     assert torch.equal(flipped, latents.flip(-1))
 

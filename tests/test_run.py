@@ -281,13 +281,23 @@ def test_novelty_writes_a_sheet_and_a_table(train, folder, command, tmp_path):
     assert Image.open(tmp_path / "samples" / "jit_lab_novelty.png").size[0] > 100
 
 
-def test_importing_has_no_side_effect_and_help_explains(command):
-    code, out, errors = command(file="jit_lab.py")
-    assert code == 0 and "python jit_lab.py train" in out and not errors
-    code, out, _ = command("train", "--help")
+@pytest.mark.parametrize("module", [jit_lab, dit_t2i])
+def test_help_explains_verbs_and_options(command, module):
+    file = f"{module.__name__}.py"
+    code, out, errors = command(file=file)
+    assert code == 0 and f"python {file} train" in out and not errors
+    assert all(f"{verb} " in out for verb in module.VERBS)
+    code, out, _ = command("train", "--help", file=file)
     options = re.findall(r"--([a-z0-9-]+)", out)
-    for name in jit_lab.Config.__dataclass_fields__:
+    for name in module.Config.__dataclass_fields__:
         assert name.replace("_", "-") in options
+
+
+def test_importing_has_no_side_effect(tmp_path):
+    words = "import jit_lab, dit_t2i, os, sys; assert not os.listdir()"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", words, "--no-such-option"], cwd=tmp_path, env=environment)
+    assert done.returncode == 0 and not list(tmp_path.iterdir())
 
 
 def test_readme_names_only_what_exists():
@@ -315,3 +325,15 @@ def test_shipped_weights_are_small_and_load():
     # A trained model draws pictures that differ, and that are neither flat nor noise.
     assert rgb.std(dim=(1, 2, 3)).min() > 0.1 and (rgb[0] - rgb[1]).abs().mean() > 0.05
     assert (rgb[..., 1:] - rgb[..., :-1]).abs().mean() < 0.1
+
+
+def test_shipped_text_to_image_weights_draw_what_they_are_told():
+    path = ROOT / "weights" / "dit_t2i.safetensors"
+    assert path.stat().st_size < 60e6
+    model, config, header = dit_t2i.load_model(path, "cpu")
+    words = dit_t2i.Words(header["text"]["words"], header["text"]["length"])
+    prompts = [f"a {colour} car" for colour in dit_t2i.HUES]
+    options = dit_t2i.DrawConfig(num=1, cfg=config.cfg, steps=10)
+    drawn = dit_t2i.sample(model, options, words(prompts), words([""]), (3, config.image_size, config.image_size))
+    seen = dit_t2i.colour_seen(dit_t2i.to_rgb(None, drawn))
+    assert sum(a == b for a, b in zip(seen, dit_t2i.HUES)) >= 7

@@ -188,13 +188,15 @@ def flow_heun(velocity, x, times, watch=None):
 
 def flow_adams(velocity, x, times, watch=None):
     """As flow_euler, with the second-order steps of Adams and Bashforth: the velocity at the middle of a step is read
-    off the straight line through the last two. One call of velocity per step, like Euler; the first step is Euler's."""
+    off the straight line through the last two. One call of velocity per step, like Euler; the first step and, for
+    flow_heun's reason, the last are Euler's."""
     v_before, width_before = None, None
     for t, t_next in itertools.pairwise(times):
         if watch:
             watch(x, t)
         v, width = velocity(x, t), t_next - t
-        slope = 0 if v_before is None else (v - v_before) / width_before
+        edge = v_before is None or t_next == times[-1]
+        slope = 0 if edge else (v - v_before) / width_before
         x = x + width * (v + width / 2 * slope)
         v_before, width_before = v, width
     if watch:

@@ -4,6 +4,8 @@ Run it on a quiet machine. Nothing here is a test: timings vary, ratios less so.
 """
 
 import copy
+import gc
+import re
 import resource
 import statistics
 import subprocess
@@ -71,6 +73,7 @@ def text_training_step(config, precision, device, compiled=False):
     if compiled:
         for layer in model.layers:
             layer.compile(dynamic=False)
+    ema = copy.deepcopy(model)
     optimizer, _ = common.make_optimizer(config, model, device)
     x = torch.rand(config.batch_size, 3, config.image_size, config.image_size, device=device)
     text = torch.randint(0, 800, (config.batch_size, 6), device=device)
@@ -82,6 +85,7 @@ def text_training_step(config, precision, device, compiled=False):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        common.update_ema(ema, model, 100, config.ema)
 
     return step
 
@@ -245,7 +249,7 @@ def bench_text_vae(device):
     for name in ("ours", "theirs"):
         words = [sys.executable, __file__, f"vae_memory_{name}"]
         done = subprocess.run(words, capture_output=True, text=True, check=True)
-        print(f"  peak memory of a process that decodes with {name}: {done.stdout.strip().splitlines()[-1]} GiB")
+        print(f"  decoding with {name} takes {done.stdout.strip().splitlines()[-1]} MiB more than the weights")
 
 
 def dit_sd_config():
@@ -257,20 +261,32 @@ def dit_sd_config():
     return dict(block_out_channels=widths, layers_per_block=2, latent_channels=4, sample_size=256) | blocks
 
 
+def extra_memory(function):
+    """MiB by which the process grows, at most, while function() runs (Linux)."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+
+    def status(key):
+        return int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+    before = status("VmRSS")
+    function()
+    return status("VmHWM") - before
+
+
 @torch.no_grad()
 def bench_vae_memory_ours(device):
-    vae = common.AutoencoderKL().eval().to(memory_format=torch.channels_last)
+    vae, latent = common.AutoencoderKL().eval().to(memory_format=torch.channels_last), torch.randn(4, 4, 32, 32)
     with common.autocast(torch.device("cpu"), common.pick_precision("auto", torch.device("cpu"))):
-        vae.decode(torch.randn(4, 4, 32, 32))
-    print(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f}")
+        print(f"{extra_memory(lambda: vae.decode(latent)):.0f}")
 
 
 @torch.no_grad()
 def bench_vae_memory_theirs(device):
     import diffusers
 
-    diffusers.AutoencoderKL(**dit_sd_config()).eval().decode(torch.randn(4, 4, 32, 32))
-    print(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f}")
+    vae, latent = diffusers.AutoencoderKL(**dit_sd_config()).eval(), torch.randn(4, 4, 32, 32)
+    print(f"{extra_memory(lambda: vae.decode(latent)):.0f}")
 
 
 def bench_text_sample(device):

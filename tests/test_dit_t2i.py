@@ -126,6 +126,40 @@ def test_attention_is_joint():
     assert (seen[0] - seen[1]).abs().max() > 1e-2
 
 
+@torch.no_grad()
+def test_words_of_its_own_table_also_join_the_time_as_their_sum():
+    model = awake(vocabulary=5)
+    z, t, _ = inputs()
+    for layer in model.layers:  # nothing comes through attention any more
+        layer.attn.vis_o_proj.weight.zero_()
+        layer.attn.vis_o_proj.bias.zero_()
+
+    def say(*words):
+        return model(z, t, torch.tensor([words, words]))
+
+    assert (say(1, 0) - say(2, 0)).abs().max() > 1e-2
+    assert torch.allclose(say(1, 2), say(2, 1), atol=1e-5)  # a sum has no order
+    assert torch.equal(say(1, 0), say(1, 0, 0)) and torch.equal(say(0), say(0, 0))  # what fills up says nothing
+    condition = model.step_embed(t)
+    model.step_embed.forward = lambda t: condition  # of the null caption, the time alone
+    model.text_proj.weight.zero_()
+    model.text_proj.bias.zero_()
+    assert torch.allclose(say(1, 2), say(0, 0), atol=1e-6)
+
+
+@torch.no_grad()
+def test_patches_of_a_model_with_its_own_words_know_their_place():
+    model = awake(vocabulary=5)
+    for layer in model.layers:  # nothing comes through attention any more
+        layer.attn.vis_o_proj.weight.zero_()
+        layer.attn.vis_o_proj.bias.zero_()
+    out = model(torch.ones(1, 3, 8, 8), torch.tensor([0.5]), torch.tensor([[1]]))
+    patches = out.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).reshape(16, -1)
+    assert torch.cdist(patches, patches)[~torch.eye(16, dtype=torch.bool)].min() > 1e-3
+    middle = dit_t2i.places(16, 16, 32).view(16, 16, 32)[4:12, 4:12]
+    assert torch.equal(middle.flatten(0, 1), dit_t2i.places(8, 8, 32))
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_time_is_not_rounded_before_its_sinusoid(whole):
     """The published code's t is bfloat16 under autocast: 753.1 becomes 752."""
@@ -166,6 +200,8 @@ def point(data):
 
 class Exact(torch.nn.Module):
     """A model that knows the answer; it has a parameter only to have a device."""
+
+    time_min = 0.0
 
     def __init__(self, answer):
         super().__init__()
@@ -228,7 +264,7 @@ def test_second_order_in_half_the_steps_is_nearer_than_euler():
 
 
 def test_loss_is_zero_for_the_right_velocity_and_only_for_it():
-    config, x = Config(), torch.rand(6, 3, 8, 8)
+    config, x = Config(time_mean=0.0, time_std=0.5), torch.rand(6, 3, 8, 8)
     seen = {}
 
     def right(z, t, text):
@@ -247,6 +283,9 @@ def test_training_times_follow_their_law():
     _, t = dit_t2i.flow_loss(config, zero, torch.zeros(20_000, 1, 1, 1), None, common.generator(0))
     normal = torch.logit(t)
     assert abs(normal.mean() - 0.7) < 0.02 and abs(normal.std() - 0.5) < 0.02
+    config = dataclasses.replace(config, time_fall=2.0)
+    _, t = dit_t2i.flow_loss(config, zero, torch.zeros(20_000, 1, 1, 1), None, common.generator(0), 0.75)
+    assert abs(torch.logit(t).mean() + 0.8) < 0.02
     _, t = dit_t2i.flow_loss(Config(time_min=0.4), zero, torch.zeros(500, 1, 1, 1), None, common.generator(0))
     assert t.min() == pytest.approx(0.4) and t.max() > 0.6
 
@@ -468,9 +507,9 @@ def test_captions_come_from_metadata_and_side_cars(captioned):
 
 def test_resumed_run_ends_with_the_same_bits(train, tmp_path):
     train(tmp_path / "whole", steps=8, grad_accum=2)
-    train(tmp_path / "halves", steps=4, grad_accum=2, decay="none", warmup=0.0)
-    train(tmp_path / "plain", steps=8, grad_accum=2, decay="none", warmup=0.0)
-    train(tmp_path / "halves", steps=8, grad_accum=2, decay="none", warmup=0.0, resume=True)
+    train(tmp_path / "halves", steps=4, grad_accum=2, decay="none", warmup=0.0, time_fall=0.0)
+    train(tmp_path / "plain", steps=8, grad_accum=2, decay="none", warmup=0.0, time_fall=0.0)
+    train(tmp_path / "halves", steps=8, grad_accum=2, decay="none", warmup=0.0, time_fall=0.0, resume=True)
     for name in ("model.safetensors", "state.safetensors", "best.safetensors"):
         one, other = load_file(tmp_path / "plain" / name), load_file(tmp_path / "halves" / name)
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
@@ -481,7 +520,7 @@ def test_resumed_run_ends_with_the_same_bits(train, tmp_path):
 
 
 def test_more_epochs_go_on_where_fewer_ended(train, tmp_path):
-    options = dict(decay="none", warmup=0.0)
+    options = dict(decay="none", warmup=0.0, time_fall=0.0)
     train(tmp_path / "three", epochs=3, **options)
     train(tmp_path / "more", epochs=1, **options)
     assert safe_open(tmp_path / "more" / "model.safetensors", "pt").metadata()
@@ -492,13 +531,25 @@ def test_more_epochs_go_on_where_fewer_ended(train, tmp_path):
     assert header["step"] == 3 * math.ceil(28 / 8)
 
 
+def test_times_are_told_how_far_the_run_is(train, tmp_path, monkeypatch):
+    told = []
+
+    def flow_loss(*arguments, honest=dit_t2i.flow_loss):
+        told.append(arguments[5:])
+        return honest(*arguments)
+
+    monkeypatch.setattr(dit_t2i, "flow_loss", flow_loss)
+    train(tmp_path / "run", steps=4)
+    assert [progress for (progress,) in filter(None, told)] == [0.0, 0.25, 0.5, 0.75]
+
+
 def test_a_tenth_of_the_captions_is_left_out(train, tmp_path, monkeypatch):
     empty = []
 
-    def loss(config, model, x, text, draw, honest=dit_t2i.flow_loss):
+    def loss(config, model, x, text, *more, honest=dit_t2i.flow_loss):
         if model.training:
             empty.extend((text == 0).all(dim=1).tolist())
-        return honest(config, model, x, text, draw)
+        return honest(config, model, x, text, *more)
 
     monkeypatch.setattr(dit_t2i, "flow_loss", loss)
     train(tmp_path / "run", steps=60, batch_size=16, null_prob=0.1)
@@ -526,8 +577,8 @@ def test_other_pictures_under_the_same_name_are_not_resumed_with(train, captione
 def test_best_checkpoint_is_that_of_the_least_held_out_loss(train, tmp_path, monkeypatch):
     losses = []
 
-    def loss(config, model, x, text, draw, honest=dit_t2i.flow_loss):
-        costs, t = honest(config, model, x, text, draw)
+    def loss(config, model, *more, honest=dit_t2i.flow_loss):
+        costs, t = honest(config, model, *more)
         if model.training:
             return costs, t
         losses.append([3.0, 1.0, 2.0][len(losses)])

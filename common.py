@@ -65,17 +65,12 @@ def timestep_embedding(t, dim):
     return torch.cat(sincos_table(t, dim), dim=-1)
 
 
-def sincos_2d(grid, dim):
-    """Fixed position embedding of a grid x grid map, (1, grid*grid, dim), rows first.
-
-    The first half of the width encodes the column and the second half the row, sines before cosines: the order in
-    which MAE, DiT and JiT write it (their meshgrid swaps the axes), kept so that their checkpoints fit.
-    """
-    cos, sin = sincos_table(torch.arange(grid), dim // 2)
-    axis = torch.cat((sin, cos), dim=-1)  # (grid, D/2)
-    column = axis[None, :, :].expand(grid, grid, -1)
-    row = axis[:, None, :].expand(grid, grid, -1)
-    return torch.cat((column, row), dim=-1).reshape(1, grid * grid, dim)
+def sincos_2d(rows, columns, dim):
+    """Fixed position embedding of a map of tokens, (len(rows) * len(columns), dim), row-major: cosines and sines of the
+    row, then cosines and sines of the column. rows, columns: 1-D tensors of positions."""
+    by_row, by_column = (torch.cat(sincos_table(positions, dim // 2), dim=-1) for positions in (rows, columns))
+    shape = (len(rows), len(columns), dim // 2)
+    return torch.cat((by_row[:, None].expand(shape), by_column[None, :].expand(shape)), dim=-1).flatten(0, 1)
 
 
 def rope_2d(rows, columns, head_dim):

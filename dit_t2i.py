@@ -64,6 +64,7 @@ from common import (
     oval,
     pair,
     rope_2d,
+    sincos_2d,
     sincos_table,
     tips,
 )
@@ -1022,26 +1023,21 @@ class Clip:
 # B pictures, C channels, T text tokens, N = (H / patch_size)(W / patch_size) image tokens, D width, h heads
 
 
+def centred(height, width, device=None):
+    """Positions of a grid's rows and columns with (0, 0) in its middle: 16 of them run from -8 to 7."""
+    return [torch.arange(count, device=device) - count // 2 for count in (height, width)]
+
+
 def msrope(height, width, text_len, head_dim, device=None):
     """Rotary tables of text and image: ((T, head_dim/2) cos and sin, (N, head_dim/2) cos and sin).
 
-    Image tokens lie on a grid with (0, 0) in its middle: 16 of them run from -8 to 7, and a larger picture goes on
-    outwards, with the trained positions in its middle. Text follows on the diagonal from the grid's corner, (8, 8),
-    (9, 9), ...: the same number on both axes, so for text the two halves of a head turn as one.
+    Image tokens lie on a centred grid, so that a larger picture goes on outwards, with the trained positions in its
+    middle. Text follows on the diagonal from the grid's corner, (8, 8), (9, 9), ...: the same number on both axes, so
+    for text the two halves of a head turn as one.
     """
-    rows = torch.arange(height, device=device) - height // 2
-    columns = torch.arange(width, device=device) - width // 2
     diagonal = torch.arange(text_len, device=device) + max(height // 2, width // 2)
     text = tuple(torch.cat((table, table), dim=-1) for table in sincos_table(diagonal, head_dim // 2))
-    return text, rope_2d(rows, columns, head_dim)
-
-
-def places(height, width, dim, device=None):
-    """Sinusoids of the same grid, (N, dim), rows first: the row in the first half, the column in the second."""
-    rows = torch.cat(sincos_table(torch.arange(height, device=device) - height // 2, dim // 2), dim=-1)
-    columns = torch.cat(sincos_table(torch.arange(width, device=device) - width // 2, dim // 2), dim=-1)
-    shape = height, width, dim // 2
-    return torch.cat((rows[:, None].expand(shape), columns[None].expand(shape)), dim=-1).flatten(0, 1)
+    return text, rope_2d(*centred(height, width, device), head_dim)
 
 
 class FeedForward(nn.Module):
@@ -1202,18 +1198,16 @@ class DiT(nn.Module):
         if height % p or width % p:
             raise ValueError(f"{height} x {width} is no multiple of the patch size {p}")
         height, width = height // p, width // p
+        rope = msrope(height, width, text.shape[1], self.head_dim, z_t.device)
         condition = self.step_embed(t)  # (B, D)
-        if self.words is None:  # the time alone: text acts through attention
-            txt = self.text_proj(self.text_norm(text)).float()  # (B, T, D); the streams add up in float32
-        else:
-            txt = self.text_proj(self.text_norm(self.words(text))).float()
-            # Attention alone is slow to find out what a rare word means: the words' sum joins the time, as the pooled
-            # text does in Stable Diffusion 3 (Esser et al. 2024, section 4).
-            condition = condition + (txt * (text > 0).unsqueeze(-1)).sum(dim=1)
-        rope = msrope(height, width, txt.shape[1], self.head_dim, z_t.device)
+        states = text if self.words is None else self.words(text)
+        txt = self.text_proj(self.text_norm(states)).float()  # (B, T, D); the streams add up in float32
         vis = self.patch_embed(z_t).flatten(2).transpose(1, 2).float().contiguous()  # (B, N, D)
         if self.words is not None:
-            vis = vis + places(height, width, vis.shape[-1], z_t.device)
+            # What the write-up leaves to attention is too slow for a few minutes. The words' sum joins the time, as the
+            # pooled text does in Stable Diffusion 3 (Esser et al. 2024, section 4), and patches are told their place.
+            condition = condition + (txt * (text > 0).unsqueeze(-1)).sum(dim=1)
+            vis = vis + sincos_2d(*centred(height, width, z_t.device), vis.shape[-1])
         for layer in self.layers:
             txt, vis = layer(txt, vis, condition, rope)
         out = self.output_proj(self.output_norm(vis, condition)).float()  # (B, N, p p C)
@@ -1477,9 +1471,9 @@ def sample(model, options, text, null, shape, watch=None):
     """
     device = next(model.parameters()).device
     precision = common.pick_precision(options.precision, device)
-    times = [1 - i / options.steps for i in range(options.steps)]
-    # What lies below the least time of training is one step, which lands on the predicted data.
-    times = [t for t in times if t > model.time_min] + [model.time_min] * (times[-1] <= model.time_min) + [0.0]
+    # Below the least time of training lies a single step, which lands on the predicted data.
+    times = {max(1 - i / options.steps, model.time_min) for i in range(options.steps)}
+    times = [*sorted(times, reverse=True), 0.0]
     text, null = text.to(device), null.to(device)
     jobs = [(row, options.seed + i) for row in range(len(text)) for i in range(options.num)]
     pictures = []

@@ -352,7 +352,9 @@ class JiT(nn.Module):
         self.head_dim = hidden_size // num_heads
         self.in_context_start = in_context_start
         # Frozen, but part of the published checkpoints, hence a parameter and not a buffer.
-        self.pos_embed = nn.Parameter(sincos_2d(self.grid, hidden_size), requires_grad=False)
+        # MAE, DiT and JiT write the four quarters of the embedding the other way round; so do their checkpoints.
+        quarters = sincos_2d(torch.arange(self.grid), torch.arange(self.grid), hidden_size).chunk(4, dim=-1)
+        self.pos_embed = nn.Parameter(torch.cat(quarters[::-1], dim=-1).unsqueeze(0), requires_grad=False)
         self.in_context_posemb = nn.Parameter(torch.empty(1, in_context_len, hidden_size)) if in_context_len else None
         self.t_embedder = TimestepEmbedder(hidden_size)  # of t as it is: the source does not scale it
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)

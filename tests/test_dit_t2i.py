@@ -156,8 +156,8 @@ def test_patches_of_a_model_with_its_own_words_know_their_place():
     out = model(torch.ones(1, 3, 8, 8), torch.tensor([0.5]), torch.tensor([[1]]))
     patches = out.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).reshape(16, -1)
     assert torch.cdist(patches, patches)[~torch.eye(16, dtype=torch.bool)].min() > 1e-3
-    middle = dit_t2i.places(16, 16, 32).view(16, 16, 32)[4:12, 4:12]
-    assert torch.equal(middle.flatten(0, 1), dit_t2i.places(8, 8, 32))
+    whole, part = (common.sincos_2d(*dit_t2i.centred(side, side), 32) for side in (16, 8))
+    assert torch.equal(whole.view(16, 16, 32)[4:12, 4:12].flatten(0, 1), part)
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -229,6 +229,24 @@ def test_exact_velocity_of_a_point_leads_from_noise_to_the_point(solver, steps):
     # t = 1 is noise and t = 0 is data.
     assert seen[0][0] == 1 and torch.equal(seen[0][1], common.noise_for([0, 1], (3, 4, 4), "cpu"))
     assert seen[-1][0] == 0 and torch.equal(seen[-1][1], drawn)
+
+
+@pytest.mark.parametrize("solver", list(common.SOLVERS))
+@pytest.mark.parametrize("steps", [3, 28, 200])
+def test_no_time_below_the_least_of_training_is_asked_for(solver, steps):
+    """And from there one step leads to the data that the network predicts there, whatever it predicted before."""
+    seen = []
+
+    def velocity(z, t, text):
+        seen.append(t[0].item())
+        return (z - torch.full_like(z, 3 * t[0].item())) / t.view(-1, 1, 1, 1)  # the predicted data is 3 t all over
+
+    model = Exact(velocity)
+    model.time_min = 0.05
+    drawn = draw(model, steps=steps, solver=solver)
+    least = max(1 / steps, 0.05)
+    assert min(seen) == pytest.approx(least) and max(seen) == 1
+    assert torch.allclose(drawn, torch.full_like(drawn, 3 * least), atol=1e-5)
 
 
 def gaussian(mean, std):

@@ -31,6 +31,7 @@ import time
 import types
 import typing
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -202,6 +203,42 @@ def flow_adams(velocity, x, times, watch=None):
 SOLVERS = {"euler": flow_euler, "heun": flow_heun, "adams": flow_adams}
 
 # ----------------------------------------------------------------------------------------------------------------
+# DDPM: noise in a thousand small steps (Ho et al. 2020). abar is the part of the data's variance that is left:
+# x_t = sqrt(abar_t) data + sqrt(1 - abar_t) noise. After the last step back abar is 1.
+
+
+def linear_betas(num_steps, start=1e-4, end=2e-2):
+    """(num_steps,) float32: the part of the variance that each step replaces by noise (section 4)."""
+    return torch.linspace(start, end, num_steps, dtype=torch.float32)
+
+
+def alphas_cumprod(betas):
+    """abar_t = product of 1 - beta over the steps up to t (section 2)."""
+    return (1 - betas).cumprod(dim=0)
+
+
+def ddpm_step(x, eps, abar, abar_next, noise):
+    """From x_t towards data, down to abar_next: a draw from the posterior q(x_next | x_t, x_0) (eq. 6 and 7).
+
+    eps: the noise that the network sees in x_t; noise: fresh, standard normal, 0 in the last step. abar, abar_next:
+    floats or 0-d tensors. Whether one or many of the thousand steps lie between the two makes no difference.
+    """
+    data = (x - (1 - abar) ** 0.5 * eps) / abar**0.5
+    alpha = abar / abar_next  # of the one step that leads from there to here
+    of_data, of_x = abar_next**0.5 * (1 - alpha) / (1 - abar), alpha**0.5 * (1 - abar_next) / (1 - abar)
+    variance = (1 - abar_next) / (1 - abar) * (1 - alpha)
+    return of_data * data + of_x * x + variance**0.5 * noise
+
+
+def ddim_step(x, eps, abar, abar_next, eta=0.0, noise=0):
+    """As ddpm_step, but the noise that is taken out is put back in (Song et al. 2020, eq. 12). eta 0: nothing is
+    random; eta 1: as much fresh noise as in ddpm_step."""
+    data = (x - (1 - abar) ** 0.5 * eps) / abar**0.5
+    sigma = eta * ((1 - abar_next) / (1 - abar) * (1 - abar / abar_next)) ** 0.5
+    return abar_next**0.5 * data + (1 - abar_next - sigma**2) ** 0.5 * eps + sigma * noise
+
+
+# ----------------------------------------------------------------------------------------------------------------
 # Errors and options
 
 
@@ -209,10 +246,10 @@ class UserError(Exception):
     """A user's mistake: what is wrong and what to do, in one line. The command line prints it and exits with 2."""
 
 
-def option(default, help, choices=None, low=None, high=None, positional=False):
+def option(default, help, choices=None, low=None, high=None, positional=False, flag=None):
     """A dataclass field that is also a command line option: its reason, and the values it may take. A positional one
-    takes the words that follow the verb."""
-    limits = {"help": help, "choices": choices, "low": low, "high": high, "positional": positional}
+    takes the words that follow the verb; `flag` is its name where that is not the field's."""
+    limits = {"help": help, "choices": choices, "low": low, "high": high, "positional": positional, "flag": flag}
     return dataclasses.field(default=default, metadata=limits)
 
 
@@ -237,7 +274,7 @@ class TrainConfig:
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = option("auto", "of the matrix products", choices=("auto", "fp32", "bf16", "fp16"))
     compile: bool | None = option(None, "fuse the blocks with torch.compile (default: where it pays within the budget)")
-    checkpoint_every: int = option(200, "steps between checkpoints", low=1)
+    checkpoint_every: int = option(500, "steps between checkpoints", low=1)
     resume: bool = option(False, "go on from the last checkpoint in --out, exactly")
 
 
@@ -278,9 +315,11 @@ def add_options(parser, config_class):
             extra |= {"type": kind, "metavar": "|".join(field.metadata["choices"] or [kind.__name__.upper()])}
         shown = "" if field.default in (None, "", False) else f" [{field.default}]"
         help = (field.metadata["help"] + shown).replace("%", "%%")
-        name = "--" + field.name.replace("_", "-")
+        name = field.metadata["flag"] or "--" + field.name.replace("_", "-")
         if field.metadata["positional"]:
             name, extra = field.name, {"nargs": "*"}
+        elif field.metadata["flag"]:
+            extra["dest"] = field.name
         parser.add_argument(name, default=argparse.SUPPRESS, help=help, **extra)
 
 
@@ -423,7 +462,7 @@ def optimizer_step(config, run, model, ema, optimizer, scaler, costs, times):
     """
     lr = config.lr * lr_factor(run.progress, run.step, config.warmup, config.decay)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = group["lr"].fill_(lr) if torch.is_tensor(group["lr"]) else lr  # torchao keeps it in a tensor
     scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.grad_clip)
     # A GradScaler skips steps that overflow; without one they must not be made.
@@ -437,9 +476,12 @@ def optimizer_step(config, run, model, ema, optimizer, scaler, costs, times):
 @torch.no_grad()
 def update_ema(ema, model, step, longest):
     """ema <- decay * ema + (1 - decay) * model, with a decay that grows from 0.1 to `longest`, so that the random
-    start is forgotten in short runs too."""
-    decay = min(longest, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    start is forgotten in short runs too. After the first hundred steps four are taken at once, every fourth step: the
+    average comes out all but the same, and its way through all weights is a few percent of a step on a CPU."""
+    stride = 1 if step <= 100 else 4
+    if step % stride == 0:
+        decay = min(longest, (1 + step) / (10 + step)) ** stride
+        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
 def worth_compiling(config, device):
@@ -539,6 +581,9 @@ def export(system):
 def load_into(model, weights, path):
     """model.load_state_dict, with a message that names the first few tensors that do not fit. Raises UserError."""
     own = model.state_dict()
+    strangers = [str(k) for k, v in weights.items() if not torch.is_tensor(v)]
+    if strangers:
+        raise UserError(f"{path} holds more than weights ({', '.join(strangers[:3])}); name a file of tensors alone")
     problems = [f"{k} is missing" for k in own if k not in weights]
     problems += [f"{k} is unknown" for k in weights if k not in own]
     shapes = {k: (tuple(own[k].shape), tuple(weights[k].shape)) for k in own if k in weights}
@@ -554,7 +599,12 @@ def pack_state(model, ema, optimizer, scaler):
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     tensors |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
     for index, slots in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{slot}": value for slot, value in slots.items()}
+        for slot, value in slots.items():
+            if hasattr(value, "tensor_attrs"):  # torchao's 8-bit moments: codes, scales and their common table
+                parts = {part: getattr(value, part).clone() for part in value.tensor_attrs}
+                tensors |= {f"optimizer.{index}.{slot}.{part}": tensor for part, tensor in parts.items()}
+            else:
+                tensors[f"optimizer.{index}.{slot}"] = value
     tensors |= {f"scaler.{k}": torch.tensor(v, dtype=torch.float64) for k, v in scaler.state_dict().items()}
     return tensors
 
@@ -567,9 +617,20 @@ def unpack_state(tensors, path, model, ema, optimizer, scaler):
         parts[part][key] = tensor
     load_into(model, parts["model"], path)
     load_into(ema, parts["ema"], path)
-    slots = {}
+    slots, parameters = {}, optimizer.param_groups[0]["params"]
     for key, tensor in parts["optimizer"].items():
-        index, slot = key.split(".")
+        index, slot, *part = key.split(".")
+        if part:  # of 8-bit moments: the optimizer makes empty ones to be filled
+            if not hasattr(optimizer, "_new_buffer"):
+                raise UserError(f"{path} is of a run with 8-bit AdamW; to go on with it, pip install torchao")
+            own = slots.setdefault(int(index), {})
+            if slot not in own:
+                own[slot] = optimizer._new_buffer(parameters[int(index)], slot == "exp_avg")
+            getattr(own[slot], part[0]).copy_(tensor)
+            continue
+        if tensor.shape == parameters[int(index)].shape:
+            # The fused optimizer walks through memory, so that moments must lie as their weights do (channels-last).
+            tensor = torch.empty_like(parameters[int(index)], dtype=tensor.dtype).copy_(tensor)
         slots.setdefault(int(index), {})[slot] = tensor
     optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
     if parts["scaler"]:  # a run without fp16 has none
@@ -898,6 +959,37 @@ def load_vae(path):
     return vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
+def fingerprint(module):
+    """Mean sizes of the weights in a few layers, and of statistics such as a batch norm's: they tell a network from
+    others, in whatever precision it is kept."""
+    parameters = list(module.parameters())
+    some = parameters[:: max(1, len(parameters) // 8)] + [b for b in module.buffers() if b.is_floating_point()]
+    return [round(tensor.detach().cpu().double().abs().mean().item(), 6) for tensor in some]
+
+
+def check_partner(flag, module, wanted):
+    """Raise UserError if the VAE or CLIP that was given is not the one that training had."""
+    if module is None or not wanted:
+        return
+    mine = fingerprint(module)
+    if len(mine) != len(wanted) or any(abs(a - b) > 1e-5 + 0.005 * abs(b) for a, b in zip(mine, wanted)):
+        raise UserError(f"{flag}: these are not the weights that this model was trained with; name those")
+
+
+def load_vae_of(header, path):
+    """The autoencoder in the file or folder `path` if it is the one whose latents a checkpoint was trained on, of which
+    its header tells. Raises UserError if it is another, or not there."""
+    if not path or not Path(path).exists():
+        missing = f", and {path} is not here" if path else ""
+        raise UserError(f"these weights work in a VAE's latents{missing}; name its weights with --vae")
+    vae = load_vae(path)
+    if vae.latent_channels != header["latent"][0]:
+        what = f"--vae has {vae.latent_channels} channels, this model has {header['latent'][0]}"
+        raise UserError(f"{what}; name the right one")
+    check_partner("--vae", vae, header["vae"])
+    return vae
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Pictures in
 
@@ -974,10 +1066,10 @@ def load_pictures(data, size):
     return pictures, [str(path) for path in paths], skipped
 
 
-def read_captions(paths, folder):
-    """Captions of pictures: path -> (text, tags), for those that have one. From each metadata.jsonl below `folder` in
-    the imagefolder convention (lines with "file_name", "text" and perhaps "tags"), else from the .txt beside a picture.
-    Raises UserError on a file that is not UTF-8 and on a line that does not say these two things."""
+def read_metadata(paths, folder):
+    """What is written about pictures: path -> (text, tags), "" and [] where nothing is. From each metadata.jsonl below
+    `folder` in the imagefolder convention (lines with "file_name" and "text", "tags" or both), else from the .txt
+    beside a picture. Raises UserError on a file that is not UTF-8 and on a line of another kind."""
 
     def read(path):
         try:
@@ -985,17 +1077,25 @@ def read_captions(paths, folder):
         except UnicodeDecodeError:
             raise UserError(f"{path} is not UTF-8 text; save it as UTF-8") from None
 
-    captions = {path: (read(path.with_suffix(".txt")), []) for path in paths if path.with_suffix(".txt").is_file()}
+    known = {path: ("", []) for path in paths}
+    for path in paths:
+        if path.with_suffix(".txt").is_file():
+            known[path] = read(path.with_suffix(".txt")).strip(), []
     for path in sorted(Path(folder).rglob("metadata.jsonl")):
         for number, line in enumerate(read(path).split("\n"), 1):
+            if not line.strip():
+                continue
             try:
-                row = json.loads(line) if line.strip() else None
-                if row:
-                    captions[path.parent / row["file_name"]] = (row["text"] + "", row.get("tags", []))
-            except (ValueError, KeyError, TypeError):
-                what = 'a line should read {"file_name": "1.png", "text": "a red car"}'
+                row = json.loads(line)
+                name, text, tags = row["file_name"], row.get("text", ""), row.get("tags", [])
+                words = isinstance(tags, list) and all(isinstance(word, str) for word in (name, text, *tags))
+                if not (words and row.keys() & {"text", "tags"}):
+                    raise ValueError
+            except (ValueError, KeyError, TypeError, AttributeError):
+                what = 'a line should read {"file_name": "1.png", "text": "a red car", "tags": ["red", "car"]}'
                 raise UserError(f"{path}, line {number}: {what}") from None
-    return {path: (text.strip(), tags) for path, (text, tags) in captions.items() if text.strip()}
+            known[path.parent / name] = text.strip(), tags
+    return known
 
 
 @dataclasses.dataclass
@@ -1040,6 +1140,140 @@ def draw_set(draw, count, size):
     return made
 
 
+def mirror_some(x, part, draw):
+    """Turn about `part` of the pictures, or latents, left to right."""
+    turned = torch.rand(len(x), generator=draw) < part
+    return torch.where(turned.view(-1, 1, 1, 1), x.flip(-1), x)
+
+
+def batch_index(config, count, step):
+    """Samples of optimizer step `step`: the data in a new order each epoch, as a function of the step alone."""
+    first = step * config.batch_size
+    return [epoch_order(config.seed, n // count, count)[n % count] for n in range(first, first + config.batch_size)]
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed, epoch, count):
+    return torch.randperm(count, generator=generator(seed, epoch, 5)).tolist()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Shards: what an encoder made of a folder of pictures, a thousand in a file
+
+
+def write_shards(options, paths, about, rows, encode, extra):
+    """Encode pictures into options.out, options.shard of them in each file. A file is written whole or not at all, so
+    that the same call goes on after a kill with the first one that is missing.
+
+    paths: the pictures; about: what the whole folder has in common, for the files' headers; rows: path -> what is to be
+    known of a picture, JSON; encode(pictures (B, 3, S, S) in [-1, 1], their rows) -> name -> tensor of B rows; extra:
+    name -> tensor, in every file. Returns (number of pictures encoded, a line for each skipped). Raises UserError.
+    """
+    done, skipped = 0, []
+    bar = tqdm(total=len(paths), desc="encoding", unit=" pictures")
+    for number, first in enumerate(range(0, len(paths), options.shard)):
+        part = paths[first : first + options.shard]
+        target = Path(options.out) / f"shard_{number:05d}.safetensors"
+        asked = [str(path.relative_to(options.data)) for path in part]
+        told = {name: {"file": name} | rows[path] for name, path in zip(asked, part)}
+        if target.exists():
+            header = open_shard(target)[1]
+            if header["asked"] != asked or any(header.get(key) != value for key, value in about.items()):
+                raise UserError(f"{target} was made from other pictures or settings; name another --out")
+            if any(row != told.get(row.get("file")) for row in header["rows"]):
+                raise UserError(
+                    f"captions or tags have changed since {target} was made; delete its folder to encode anew"
+                )
+        else:
+            header, parts = about | {"asked": asked, "rows": [], "skipped": []}, []
+            for start in range(0, len(part), options.batch_size):
+                chunk = part[start : start + options.batch_size]
+                pictures, good, bad = read_pictures(chunk, options.data, options.image_size)
+                header["skipped"] += bad
+                if good:
+                    known = [told[asked[start + i]] for i in good]
+                    with torch.no_grad():
+                        encoded = encode(pictures / 127.5 - 1, known)
+                    header["rows"] += known
+                    parts.append({name: tensor.bfloat16().cpu() for name, tensor in encoded.items()})
+                bar.update(len(chunk))
+            if parts:
+                tensors = {name: torch.cat([encoded[name] for encoded in parts]) for name in parts[0]}
+                save_tensors(target, tensors | extra, header)
+        bar.update(first + len(part) - bar.n)
+        done += len(header["rows"])
+        skipped += header["skipped"]
+    bar.close()
+    return done, skipped
+
+
+def open_shard(path):
+    """A file that write_shards made -> (it, open and mapped, its header). Raises UserError if it is cut short."""
+    try:
+        file = safe_open(path, "pt")
+        header = json.loads(file.metadata()["config"])
+        if not {"rows", "asked", "skipped"} <= header.keys():
+            raise ValueError("no table of pictures")
+        return file, header
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as problem:
+        reason = str(problem)[:100]
+        raise UserError(f"{path} is no readable shard ({reason}); delete it and encode the folder again") from None
+
+
+class Shards:
+    """A folder of shards, read from disk as rows are asked for.
+
+    safetensors maps the files into memory and reads the rows of a batch alone: 200,000 latents and texts take 27 GB of
+    disk and next to nothing of memory.
+
+    names: tensors with one row for each picture; known: what must be known of each; same: keys of the header that all
+    files must agree on; extra: tensors that every file has as a whole. `rows` is what is known of each picture,
+    `skipped` lines about those that could not be read, `header` that of the first file, `shapes` name -> shape of a
+    row, `extra` name -> tensor. Raises UserError.
+    """
+
+    def __init__(self, folder, names, known, same, extra=()):
+        self.names, self.rows, self.places, self.skipped, headers, shapes = names, [], [], [], [], []
+        for path in sorted(Path(folder).glob("shard_*.safetensors")):
+            file, header = open_shard(path)
+            missing = sorted({*names, *extra} - set(file.keys()))
+            missing += [key for key in same if key not in header]
+            missing += [key for key in known if any(key not in row for row in header["rows"])]
+            if missing:
+                raise UserError(
+                    f"{path} holds no {' and no '.join(missing)}: it was encoded for another system or purpose"
+                )
+            here = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+            if any(shape[0] != len(header["rows"]) for shape in here.values()):
+                raise UserError(f"{path}: its tensors and its header disagree; delete it and encode the folder again")
+            headers.append(header)
+            shapes.append({name: shape[1:] for name, shape in here.items()})
+            self.places += [(file, row) for row in range(len(header["rows"]))]
+            self.rows += header["rows"]
+            self.skipped += header["skipped"]
+        if not self.places:
+            raise UserError(f"no samples in the shards of {folder}; encode the folder again")
+        self.header, self.shapes = headers[0], shapes[0]
+        differing = [key for key in same if any(header[key] != self.header[key] for header in headers)]
+        if differing or any(other != self.shapes for other in shapes):
+            what = " and ".join(differing) or "shape"
+            raise UserError(f"the shards in {folder} differ in {what}; encode the folder anew")
+        self.extra = {name: self.places[0][0].get_tensor(name) for name in extra}
+
+    def __len__(self):
+        return len(self.rows)
+
+    def checksum(self):
+        return zlib.crc32(json.dumps(self.rows).encode())
+
+    def read(self, index):
+        """Rows `index` of each tensor, float32."""
+        places = [self.places[i] for i in index]
+        return tuple(
+            torch.cat([file.get_slice(name)[row : row + 1] for file, row in places]).float() for name in self.names
+        )
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Pictures out
 
@@ -1072,6 +1306,18 @@ def save_gif(frames, path, milliseconds=200):
     """PIL pictures -> an animation that rests on the last one."""
     durations = [milliseconds] * (len(frames) - 1) + [8 * milliseconds]
     save_picture(frames[0], path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+
+
+def write_samples(pictures, names, options, frames, columns=None):
+    """What the verb sample leaves behind: pictures (B, H, W, 3) uint8 as a grid in options.out, with options.each one
+    by one under their names, with options.gif the frames of the way there."""
+    save_picture(make_grid(pictures, columns), options.out)
+    print(f"{len(pictures)} pictures in {options.out}")
+    if options.each:
+        for name, picture in zip(names, pictures):
+            save_picture(Image.fromarray(picture), Path(options.each) / f"{name}.png")
+    if options.gif:
+        save_gif(frames, options.gif)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -1236,12 +1482,16 @@ class Run:
         self.bar.n = self.step if self.config.steps else min(now, self.bar.total)
         self.bar.refresh()
 
+    def settings(self):
+        """The header of every checkpoint."""
+        return {"system": self.system, "step": self.step, "config": dataclasses.asdict(self.config)} | self.header
+
     def save(self, model, ema, optimizer, scaler, held_out_loss=None):
         """model.safetensors, all that sampling needs, then state.safetensors, all that resuming needs, and the page.
 
         With a held_out_loss, best.safetensors is the model.safetensors at which it was least.
         """
-        settings = {"system": self.system, "step": self.step, "config": dataclasses.asdict(self.config)} | self.header
+        settings = self.settings()
         save_tensors(self.folder / "model.safetensors", ema.state_dict(), settings)
         if held_out_loss is not None and held_out_loss < self.best:
             self.best = held_out_loss
@@ -1267,14 +1517,19 @@ class Run:
         self.step, self.images, self.seconds_before = header["step"], header["images"], header["seconds"]
         self.best = header["best"]
         log = self.folder / "log.csv"
-        for path in (self.folder / "samples").glob("step_*.png"):  # of steps that are about to be made again
-            if path.stem[5:].isdigit() and int(path.stem[5:]) > self.step:
+        for path in [*self.folder.glob("samples/step_*.png"), *self.folder.glob("marks/step_*.safetensors")]:
+            if path.stem[5:].isdigit() and int(path.stem[5:]) > self.step:  # such steps are about to be made again
                 path.unlink()
         if log.exists() and log.stat().st_size:
             head, *lines = log.read_text().splitlines(keepends=True)
             whole = [line for line in lines if line.endswith("\n") and line.count(",") == head.count(",")]
             kept = [line for line in whole if int(line.split(",")[0]) <= self.step]
             save_atomically(log, lambda part: part.write_text(head + "".join(kept)))
+
+    def keep(self, ema):
+        """marks/step_000500.safetensors: the averaged weights at a mark of the budget, for curves drawn afterwards."""
+        tensors = {name: tensor.bfloat16() for name, tensor in ema.state_dict().items()}
+        save_tensors(self.folder / "marks" / f"step_{self.step:06d}.safetensors", tensors, self.settings())
 
     def save_samples(self, rgb):
         """(B, 3, H, W) in [0, 1] -> samples/step_000500.png."""

@@ -30,15 +30,12 @@ import random
 import re
 import sys
 import unicodedata
-import zlib
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageDraw, ImageFont
-from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
 
 import common
 from common import (
@@ -591,80 +588,37 @@ class PictureSet:
 
     def batch(self, index, draw):
         x = self.pictures[index] / 127.5 - 1
-        return mirror_some(x, self.flip, draw), [self.captions[i] for i in index]
+        return common.mirror_some(x, self.flip, draw), [self.captions[i] for i in index]
 
     def all_captions(self):
         return self.captions
 
 
-def mirror_some(x, part, draw):
-    """Turn about `part` of the pictures, or latents, left to right."""
-    turned = torch.rand(len(x), generator=draw) < part
-    return torch.where(turned.view(-1, 1, 1, 1), x.flip(-1), x)
+class ShardSet:
+    """Latents and text embeddings that `prepare` wrote."""
+
+    def __init__(self, folder, flip=0.0):
+        self.shards = common.Shards(folder, SHARD, ("caption",), SHARD_KEYS, extra=("null",))
+        self.header, self.null, self.flip = self.shards.header, self.shards.extra["null"].float(), flip
+        if self.null.shape[1:] != self.shards.shapes["text"]:
+            raise UserError(f"the null caption in {folder} is of another shape than the text; run prepare again")
+
+    def __len__(self):
+        return len(self.shards)
+
+    def checksum(self):
+        return self.shards.checksum()
+
+    def caption(self, i):
+        return self.shards.rows[i]["caption"]
+
+    def batch(self, index, draw):
+        latents, text = self.shards.read(index)
+        return common.mirror_some(latents, self.flip, draw), text
 
 
 SHARD = ("latents", "text")  # (n, C, H, W) and (n, T, D), both bfloat16
 SHARD_KEYS = ("vae", "clip", "image_size")  # what all shards of a folder have in common
-
-
-def open_shard(path):
-    """A shard that `prepare` wrote -> (its file, open and mapped, its header). Raises UserError if it is cut short."""
-    again = f"delete {path} and run prepare again"
-    try:
-        file = safe_open(path, "pt")
-        header = json.loads(file.metadata()["config"])
-        shapes = {name: file.get_slice(name).get_shape() for name in (*SHARD, "null")}
-        whole = all(shapes[name][0] == len(header["captions"]) == len(header["files"]) for name in SHARD)
-        if (
-            not whole
-            or shapes["text"][1:] != shapes["null"][1:]
-            or any(key not in header for key in (*SHARD_KEYS, "asked"))
-        ):
-            raise UserError(f"{path} is no whole shard: its tensors and its header disagree; {again}")
-        return file, header
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as problem:
-        raise UserError(f"{path} is no readable shard ({str(problem)[:100]}); {again}") from None
-
-
-class ShardSet:
-    """Latents and text embeddings that `prepare` wrote, read from disk as they are asked for.
-
-    safetensors maps the files into memory and reads the rows of a batch alone: the write-up's 200,000 samples take
-    27 GB of disk and next to nothing of memory.
-    """
-
-    def __init__(self, folder, flip=0.0):
-        self.flip, self.places, self.captions, headers = flip, [], [], []
-        for path in sorted(Path(folder).glob("shard_*.safetensors")):
-            file, header = open_shard(path)
-            headers.append(header)
-            self.places += [(file, row) for row in range(len(header["captions"]))]
-            self.captions += header["captions"]
-        if not self.places:
-            raise UserError(f"no samples in the shards of {folder}; run prepare again")
-        self.header = headers[0]
-        shapes = {
-            tuple(map(tuple, (file.get_slice(name).get_shape()[1:] for name in SHARD))) for file, _ in self.places
-        }
-        if len(shapes) > 1 or any(header[key] != self.header[key] for header in headers for key in SHARD_KEYS):
-            raise UserError(f"the shards in {folder} differ in VAE, CLIP or size; prepare them anew")
-        self.null = self.places[0][0].get_tensor("null").float()
-
-    def __len__(self):
-        return len(self.places)
-
-    def checksum(self):
-        return zlib.crc32("\n".join(self.captions).encode())
-
-    def caption(self, i):
-        return self.captions[i]
-
-    def batch(self, index, draw):
-        rows = [self.places[i] for i in index]
-        latents, text = (
-            torch.cat([file.get_slice(name)[row : row + 1] for file, row in rows]).float() for name in SHARD
-        )
-        return mirror_some(latents, self.flip, draw), text
 
 
 class Part:
@@ -681,6 +635,14 @@ class Part:
 
     def batch(self, index, draw):
         return self.whole.batch([self.index[i] for i in index], draw)
+
+
+def captions_of(paths, folder):
+    """path -> caption, for those of `paths` that have one. Raises UserError if none has."""
+    captions = {path: text for path, (text, _) in common.read_metadata(paths, folder).items() if text}
+    if captions.keys().isdisjoint(paths):
+        raise UserError(f"no captions in {folder}; write them into metadata.jsonl, or beside each picture as .txt")
+    return captions
 
 
 def load_data(config):
@@ -702,14 +664,10 @@ def load_data(config):
         everything = ShardSet(config.data, config.flip)
     else:
         pictures, paths, skipped = common.read_folder(config.data, config.image_size)
-        captions = common.read_captions(paths, config.data)
+        captions = captions_of(paths, config.data)
         good = [i for i, path in enumerate(paths) if path in captions]
         skipped += [f"{path}: no caption" for path in paths if path not in captions]
-        if not good:
-            raise UserError(
-                f"no captions in {config.data}; write them into metadata.jsonl, or beside each picture as .txt"
-            )
-        everything = PictureSet(pictures[good], [captions[paths[i]][0] for i in good], config.flip)
+        everything = PictureSet(pictures[good], [captions[paths[i]] for i in good], config.flip)
     # One in fifty, at most 1,000, is never trained on: its loss says which checkpoint is the best.
     order = torch.randperm(len(everything), generator=generator(config.seed, 7)).tolist()
     cut = max(1, min(1000, len(order) // 50))
@@ -718,17 +676,6 @@ def load_data(config):
             f"{config.data} holds a single captioned picture; two is the least, one to learn and one to check"
         )
     return everything, Part(everything, order[cut:]), Part(everything, order[:cut]), skipped
-
-
-def batch_index(config, count, step):
-    """Samples of optimizer step `step`: the data in a new order each epoch, as a function of the step alone."""
-    first = step * config.batch_size
-    return [epoch_order(config.seed, n // count, count)[n % count] for n in range(first, first + config.batch_size)]
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(seed, epoch, count):
-    return torch.randperm(count, generator=generator(seed, epoch, 5)).tolist()
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -1257,46 +1204,20 @@ def prepare_command(options):
     precision = common.pick_precision(options.precision, device)
     vae, clip = common.load_vae(options.vae).to(device), Clip(options.clip, device)
     paths = common.picture_paths(options.data)
-    captions = common.read_captions(paths, options.data)
+    captions = captions_of(paths, options.data)
     missing = [path for path in paths if path not in captions]
     paths = [path for path in paths if path in captions]
-    if not paths:
-        raise UserError(
-            f"no captions in {options.data}; write them into metadata.jsonl, or beside each picture as .txt"
-        )
-    about = {"vae": fingerprint(vae), "clip": fingerprint(clip.model), "image_size": options.image_size}
-    done, skipped = 0, [f"{path}: no caption" for path in missing]
-    bar = tqdm(total=len(paths), desc="encoding", unit=" pictures")
-    for number, first in enumerate(range(0, len(paths), options.shard)):
-        part = paths[first : first + options.shard]
-        target = Path(options.out) / f"shard_{number:05d}.safetensors"
-        asked = [str(path.relative_to(options.data)) for path in part]
-        if target.exists():
-            header = open_shard(target)[1]
-            if header["asked"] != asked or any(header[key] != about[key] for key in SHARD_KEYS):
-                raise UserError(f"{target} was made from other pictures or settings; name another --out")
-        else:
-            header = about | {"asked": asked, "files": [], "captions": [], "skipped": []}
-            latents, text = [], []
-            for start in range(0, len(part), options.batch_size):
-                chunk = part[start : start + options.batch_size]
-                pictures, good, bad = common.read_pictures(chunk, options.data, options.image_size)
-                header["skipped"] += bad
-                if len(good):
-                    words = [captions[chunk[i]][0] for i in good]
-                    with torch.no_grad(), autocast(device, precision):
-                        latents.append(vae.encode(pictures.to(device) / 127.5 - 1).bfloat16().cpu())
-                        text.append(clip(words).bfloat16().cpu())
-                    header["files"] += [asked[start + i] for i in good]
-                    header["captions"] += words
-                bar.update(len(chunk))
-            if header["files"]:
-                tensors = {"latents": torch.cat(latents), "text": torch.cat(text), "null": clip([""]).bfloat16()}
-                common.save_tensors(target, tensors, header)
-        bar.update(first + len(part) - bar.n)
-        done += len(header["files"])
-        skipped += header["skipped"]
-    bar.close()
+    about = {"vae": common.fingerprint(vae), "clip": common.fingerprint(clip.model), "image_size": options.image_size}
+
+    def encode(pictures, rows):
+        with autocast(device, precision):
+            return {"latents": vae.encode(pictures.to(device)), "text": clip([row["caption"] for row in rows])}
+
+    rows = {path: {"caption": captions[path]} for path in paths}
+    with torch.no_grad():
+        null = {"null": clip([""]).bfloat16().cpu()}
+    done, skipped = common.write_shards(options, paths, about, rows, encode, null)
+    skipped = [f"{path}: no caption" for path in missing] + skipped
     if skipped:
         print(f"skipped {len(skipped)}: {'; '.join(skipped[:3])}{'; ...' if len(skipped) > 3 else ''}")
     if not done:
@@ -1356,10 +1277,10 @@ def train(config):
     if isinstance(everything, ShardSet):  # encoded before: neither CLIP nor VAE is needed, but for pictures
         null = everything.null
         run.header |= {"text": {"clip": everything.header["clip"]}, "vae": everything.header["vae"]}
-        check_partner("--vae", vae, run.header["vae"])
+        common.check_partner("--vae", vae, run.header["vae"])
     elif config.encoder == "clip":
         encoder = Clip(config.clip, device)
-        run.header["text"] = {"clip": fingerprint(encoder.model)}
+        run.header["text"] = {"clip": common.fingerprint(encoder.model)}
     else:
         encoder = Words.learn(everything.all_captions(), config.max_words)
         run.header["text"] = {"words": encoder.vocabulary, "length": encoder.length}
@@ -1400,7 +1321,7 @@ def train(config):
     with run.clock():
         while not run.done:
             costs, times = [], []
-            index = batch_index(config, len(data), run.step)
+            index = common.batch_index(config, len(data), run.step)
             for part in range(config.grad_accum):
                 x, text = draw_batch(data, index[part :: config.grad_accum], run.step, part, 1)
                 with autocast(device, precision):
@@ -1494,21 +1415,6 @@ def to_rgb(vae, x, tile=None):
     return (x[:, :3] / 2 + 0.5).clamp(0, 1)
 
 
-def fingerprint(module):
-    """Mean sizes of the weights in a few layers: they tell a network from others, in whatever precision it is kept."""
-    parameters = list(module.parameters())
-    return [round(p.abs().mean().item(), 6) for p in parameters[:: max(1, len(parameters) // 8)]]
-
-
-def check_partner(flag, module, wanted):
-    """Raise UserError if the VAE or CLIP that was given is not the one that training had."""
-    if module is None or wanted is None:
-        return
-    mine = fingerprint(module)
-    if len(mine) != len(wanted) or any(abs(a - b) > 1e-5 + 0.005 * abs(b) for a, b in zip(mine, wanted)):
-        raise UserError(f"{flag}: these are not the weights that this model was trained with; name those")
-
-
 def load_model(path, device):
     """(DiT in eval mode, Config, header) from our own checkpoint, or one of the published repository (.pt).
 
@@ -1542,18 +1448,10 @@ def load_partners(options, config, header):
         encoder = Words(header["text"]["words"], header["text"]["length"])
     else:
         encoder = Clip(options.clip or config.clip)
-        check_partner("--clip", encoder.model, header["text"]["clip"])
+        common.check_partner("--clip", encoder.model, header["text"]["clip"])
     if header["latent"][0] == 3:
         return encoder, None
-    if not (options.vae or config.vae):
-        raise UserError("these weights work in a VAE's latents; name its weights with --vae")
-    vae = common.load_vae(options.vae or config.vae)
-    if vae.latent_channels != header["latent"][0]:
-        raise UserError(
-            f"--vae has {vae.latent_channels} channels, this model has {header['latent'][0]}; name the right one"
-        )
-    check_partner("--vae", vae, header["vae"])
-    return encoder, vae
+    return encoder, common.load_vae_of(header, options.vae or config.vae)
 
 
 def sample_command(options):
@@ -1590,18 +1488,9 @@ def sample_command(options):
     latents = sample(model, options, text, null, (channels, size // stride, size // stride), keep)
     with autocast(device, common.pick_precision(options.precision, device)):
         rgb = torch.cat([to_rgb(vae, part, options.tile).cpu() for part in latents.split(options.batch_size)])
-    pictures = common.to_uint8(rgb)
+    names = [f"{row:03d}_{options.seed + i:06d}" for row in range(len(prompts)) for i in range(options.num)]
     columns = options.num if len(prompts) > 1 else None
-    common.save_picture(common.make_grid(pictures, columns), options.out)
-    print(f"{len(pictures)} pictures in {options.out}")
-    if options.each:
-        for i, picture in enumerate(pictures):
-            row, number = divmod(i, options.num)
-            common.save_picture(
-                Image.fromarray(picture), Path(options.each) / f"{row:03d}_{options.seed + number:06d}.png"
-            )
-    if options.gif:
-        common.save_gif(frames, options.gif)
+    common.write_samples(common.to_uint8(rgb), names, options, frames, columns)
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -522,7 +522,7 @@ def train(config):
             common.optimizer_step(config, run, model, ema, optimizer, scaler, torch.cat(costs), torch.cat(times))
             pictures, checkpoint = run.due()
             if pictures:
-                run.save_samples(sample(ema, config, DrawConfig(num=25, precision=precision)))
+                run.save_samples(sample(ema, config, DrawConfig(num=25, steps=25, precision=precision)))
             if checkpoint:
                 run.save(model, ema, optimizer, scaler)
     return run.farewell()
@@ -657,13 +657,7 @@ def sample_command(options):
             frames.append(common.make_grid(common.to_uint8(to_rgb(config, x[:16]))))
 
     pictures = common.to_uint8(sample(model, config, options, keep))
-    common.save_picture(common.make_grid(pictures), options.out)
-    print(f"{len(pictures)} pictures in {options.out}")
-    if options.each:
-        for i, picture in enumerate(pictures):
-            common.save_picture(Image.fromarray(picture), Path(options.each) / f"{options.seed + i:06d}.png")
-    if options.gif:
-        common.save_gif(frames, options.gif)
+    common.write_samples(pictures, [f"{options.seed + i:06d}" for i in range(options.num)], options, frames)
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import dit_t2i  # noqa: E402
 import jit_lab  # noqa: E402
+import unet_ddpm  # noqa: E402
 
 
 def median_seconds(functions, rounds):
@@ -41,7 +43,7 @@ def median_seconds(functions, rounds):
 
 
 def training_step(config, precision, device, compiled=False):
-    """One optimizer step of jit_lab's train(), as a function without arguments."""
+    """One optimizer step of jit_lab's train(), but for the average of the weights: a function of the step's number."""
     torch.manual_seed(0)
     model = jit_lab.build_model(config).to(device)
     if compiled:
@@ -52,7 +54,7 @@ def training_step(config, precision, device, compiled=False):
     rgb = torch.randint(0, 256, (64, 3, config.image_size, config.image_size), dtype=torch.uint8)
     data = jit_lab.Dataset(rgb, torch.ones(64, dtype=torch.bool))
 
-    def step():
+    def step(number):
         x, mask, top, left = jit_lab.draw_batch(config, data, 0, 0, device)
         t = jit_lab.draw_times(config, len(x), common.generator(0, device=device))
         x_t = common.flow_point(torch.randn_like(x), x, t)
@@ -67,7 +69,7 @@ def training_step(config, precision, device, compiled=False):
 
 
 def text_training_step(config, precision, device, compiled=False):
-    """One optimizer step of dit_t2i's train() on pictures and captions of nothing."""
+    """One optimizer step of dit_t2i's train(), a function of its number, on pictures and captions of nothing."""
     torch.manual_seed(0)
     model = dit_t2i.build_model(config, 3, config.image_size, 800).to(device)
     if compiled:
@@ -78,31 +80,62 @@ def text_training_step(config, precision, device, compiled=False):
     x = torch.rand(config.batch_size, 3, config.image_size, config.image_size, device=device)
     text = torch.randint(0, 800, (config.batch_size, 6), device=device)
 
-    def step():
+    def step(number):
         with common.autocast(device, precision):
             cost, _ = dit_t2i.flow_loss(config, model, x, text, common.generator(0, device=device))
         cost.mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        common.update_ema(ema, model, 100, config.ema)
+        common.update_ema(ema, model, number, config.ema)
+
+    return step
+
+
+def unet_training_step(config, precision, device, compiled=False, channels=12, size=20):
+    """One optimizer step of unet_ddpm's train(), a function of its number, on maps of nothing."""
+    torch.manual_seed(0)
+    model = unet_ddpm.build_model(config, channels, size).to(device)
+    if precision == "fp32":  # the plain way, as a peer would
+        model.to(memory_format=torch.contiguous_format)
+    if compiled:
+        unet_ddpm.compile_stages(model)
+    ema = copy.deepcopy(model)
+    optimizer, _ = common.make_optimizer(config, model, device)
+    x = torch.randn(config.batch_size, channels, size, size, device=device)
+    noise, u = torch.randn_like(x), torch.rand(config.batch_size, device=device)
+
+    def step(number):
+        with common.autocast(device, precision):
+            cost, _ = unet_ddpm.flow_loss(config, model, x, noise, u)
+        cost.mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        common.update_ema(ema, model, number, config.ema)
 
     return step
 
 
 def compare_training(title, config, device, rounds, training_step=training_step):
+    """Each way makes four steps at a time, since every fourth averages the weights."""
     fast = common.pick_precision("auto", device)
+
+    def four(*precision, **compiled):
+        step = training_step(config, *precision, device, **compiled)
+        return lambda: [step(number) for number in range(101, 105)]
+
     ways = {
-        "eager fp32": training_step(config, "fp32", device),
-        f"eager {fast}": training_step(config, fast, device),
-        f"compiled {fast}": training_step(config, fast, device, compiled=True),
+        "eager fp32": four("fp32"),
+        f"eager {fast}": four(fast),
+        f"compiled {fast}": four(fast, compiled=True),
     }
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = median_seconds(ways, rounds)
     print(f"{title}, batch {config.batch_size}, {device}")
     for name, s in seconds.items():
-        print(f"  {name:16s} {config.batch_size / s:7.1f} images/s   {seconds['eager fp32'] / s:5.2f} x eager fp32")
+        print(f"  {name:16s} {4 * config.batch_size / s:7.1f} images/s   {seconds['eager fp32'] / s:5.2f} x eager fp32")
     if device.type == "cuda":
         print(f"  peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
@@ -127,7 +160,7 @@ def bench_paper(device):
 def bench_one_paper_step(device):
     given = {"preset": "paper", "full_image_prob": 1.0, "batch_size": 2, "grad_accum": 1}
     config, cpu = common.make_config(jit_lab.Config, given, jit_lab.PRESETS), torch.device("cpu")
-    training_step(config, common.pick_precision("auto", cpu), cpu)()
+    training_step(config, common.pick_precision("auto", cpu), cpu)(1)
     print(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f}")
 
 
@@ -189,10 +222,11 @@ def bench_text_demo(device):
     config = common.make_config(dit_t2i.Config, {}, dit_t2i.PRESETS)
     compare_training("text to image, demo preset", config, device, 9, text_training_step)
     step = text_training_step(config, common.pick_precision("auto", device), device, compiled=True)
-    for _ in range(3):
-        step()
+    for number in range(3):
+        step(number)
     with torch.profiler.profile() as profile:
-        step()
+        for number in range(101, 105):  # every fourth averages the weights
+            step(number)
     events = profile.key_averages()
     whole = sum(event.self_device_time_total or event.self_cpu_time_total for event in events)
     products = ("mm", "bmm", "linear", "addmm", "convolution", "gemm")
@@ -314,7 +348,83 @@ def bench_text_solvers(device):
         print(f"{solver} in {steps} steps: {away:.4f} from the solution")
 
 
+def bench_unet_demo(device):
+    config = common.make_config(unet_ddpm.Config, {}, unet_ddpm.PRESETS)
+    compare_training("U-Net, demo preset", config, device, 7, unet_training_step)
+
+
+def bench_unet_paper(device):
+    """Forward and backward of the 281M model at batch 8, and the memory of a whole step at batch 2."""
+    config = common.make_config(unet_ddpm.Config, {"preset": "paper", "batch_size": 8}, unet_ddpm.PRESETS)
+    fast = common.pick_precision("auto", device)
+    x, t = torch.randn(8, 32, 32, 32, device=device), torch.rand(8, device=device) * 999
+    model = unet_ddpm.build_model(config, 32, 32).to(device)
+    plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+
+    def ours():
+        with common.autocast(device, fast):
+            model(x, t).square().mean().backward()
+        model.zero_grad()
+
+    def theirs():
+        plain(x, t).square().mean().backward()
+        plain.zero_grad()
+
+    seconds = median_seconds({"ours": ours, "theirs": theirs}, 3)
+    ratio = seconds["theirs"] / seconds["ours"]
+    print(f"281M U-Net, forward and backward at batch 8: {seconds['ours']:.1f} s, {ratio:.2f} x eager fp32 in NCHW")
+    words = [sys.executable, __file__, "one_unet_step"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    print(f"281M U-Net, one optimizer step at batch 2 on the CPU: {done.stdout.strip()} GiB at the process's peak")
+
+
+def bench_one_unet_step(device):
+    given = {"preset": "paper", "batch_size": 2}
+    config, cpu = common.make_config(unet_ddpm.Config, given, unet_ddpm.PRESETS), torch.device("cpu")
+    unet_training_step(config, common.pick_precision("auto", cpu), cpu, channels=32, size=32)(1)
+    print(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f}")
+
+
+@torch.no_grad()
+def bench_unet_peer(device):
+    """DDIM in 20 steps with the same network and equal weights, against denoising-diffusion-pytorch's own loop."""
+    # Its package imports torchvision, and its sampler makes no use of it.
+    sys.modules["torchvision"] = types.ModuleType("torchvision")
+    sys.modules["torchvision.transforms"] = sys.modules["torchvision"].transforms = types.ModuleType("transforms")
+    sys.modules["torchvision.utils"] = sys.modules["torchvision"].utils = types.ModuleType("utils")
+    from denoising_diffusion_pytorch import GaussianDiffusion  # pip install denoising-diffusion-pytorch
+
+    config = common.make_config(unet_ddpm.Config, {"objective": "ddpm"}, unet_ddpm.PRESETS)
+    torch.manual_seed(0)
+    model = unet_ddpm.build_model(config, 12, 20).to(device).eval()
+
+    class Theirs(torch.nn.Module):
+        """The same network as their loop wants it."""
+
+        channels, out_dim, self_condition, random_or_learned_sinusoidal_cond = 12, 12, False, False
+
+        def __init__(self):
+            super().__init__()
+            self.network = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+
+        def forward(self, x, t, x_self_cond=None):
+            return self.network(x, t)
+
+    theirs = GaussianDiffusion(
+        Theirs(), image_size=20, timesteps=1000, sampling_timesteps=20, objective="pred_noise", auto_normalize=False
+    ).to(device)
+    options = unet_ddpm.DrawConfig(num=32, steps=20, batch_size=32)
+    ways = {
+        "ours": lambda: unet_ddpm.sample(model, config, options, {"latent": (12, 20), "range": 1.0}),
+        "theirs": lambda: theirs.sample(batch_size=32),
+    }
+    seconds = median_seconds(ways, 3)
+    rate, ratio = 32 / seconds["ours"], seconds["theirs"] / seconds["ours"]
+    print(f"32 pictures by DDIM in 20 steps: {rate:.1f} images/s, {ratio:.2f} x denoising-diffusion-pytorch's")
+
+
 NAMES = "attention demo paper sample data text_demo text_paper text_vae text_sample text_solvers"
+NAMES += " unet_demo unet_paper unet_peer"
 
 if __name__ == "__main__":
     common.keep_freed_memory()

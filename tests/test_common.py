@@ -118,14 +118,22 @@ def test_learning_rate_rises_then_falls():
 
 
 def test_ema_is_the_weighted_sum_it_claims_to_be():
-    model, ema = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
-    expected = ema.weight.item()
-    for step in range(1, 200):
-        torch.nn.init.constant_(model.weight, step)
-        decay = min(0.9, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * step
-        common.update_ema(ema, model, step, 0.9)
-    assert ema.weight.item() == pytest.approx(expected, rel=1e-5)
+    """Of weights that walk at random: over many steps it stays beside the plain average that takes in every one."""
+    model, ema = (torch.nn.Linear(64, 1, bias=False) for _ in range(2))
+    walk = torch.randn(401, 1, 64, generator=torch.Generator().manual_seed(0)).cumsum(dim=0)
+    expected, away = ema.weight.detach().clone(), []
+    for step in range(1, 401):
+        model.weight.data.copy_(walk[step])
+        decay = min(0.98, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * walk[step]
+        common.update_ema(ema, model, step, 0.98)
+        away.append((ema.weight - expected).square().mean().sqrt().item())
+    assert max(away[:100]) < 1e-4
+    lag = (walk[400] - expected).square().mean().sqrt().item()
+    assert max(away[103::4]) < 0.3 * lag
+    before = ema.weight.clone()
+    common.update_ema(ema, model, 401, 0.98)
+    assert torch.equal(ema.weight, before)
 
 
 # ---- pictures in ----

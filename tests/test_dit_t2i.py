@@ -365,11 +365,11 @@ def test_words_number_what_they_know_and_complain_of_the_rest():
 
 def test_every_sample_comes_once_an_epoch():
     config = Config(batch_size=4, seed=3)
-    drawn = [i for step in range(9) for i in dit_t2i.batch_index(config, 12, step)]
+    drawn = [i for step in range(9) for i in common.batch_index(config, 12, step)]
     epochs = [drawn[k : k + 12] for k in (0, 12, 24)]
     assert all(sorted(epoch) == list(range(12)) for epoch in epochs) and epochs[0] != epochs[1]
-    assert dit_t2i.batch_index(config, 12, 5) == drawn[20:24]
-    straddling = dit_t2i.batch_index(config, 6, 1)  # the last batch of an epoch is filled from the next
+    assert common.batch_index(config, 12, 5) == drawn[20:24]
+    straddling = common.batch_index(config, 6, 1)  # the last batch of an epoch is filled from the next
     assert len(straddling) == 4
 
 
@@ -517,10 +517,10 @@ def test_captions_come_from_metadata_and_side_cars(captioned):
         assert picture.mean(dim=(1, 2)).argmax() == channel
     (captioned / "metadata.jsonl").write_text("not json\n")
     with pytest.raises(UserError, match="line 1"):
-        common.read_captions([], captioned)
+        common.read_metadata([], captioned)
     (captioned / "metadata.jsonl").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="not UTF-8"):
-        common.read_captions([], captioned)
+        common.read_metadata([], captioned)
 
 
 def test_resumed_run_ends_with_the_same_bits(train, tmp_path):

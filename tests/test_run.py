@@ -1,6 +1,7 @@
 """The command line and run folders, as a user meets them: budgets, resuming, broken files, Ctrl-C."""
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 import common
 import dit_t2i
 import jit_lab
+import unet_ddpm
 from common import UserError
 
 
@@ -133,7 +135,7 @@ def test_samples_while_training_come_from_fixed_noise_and_the_ema(train, tmp_pat
     train(tmp_path / "run", steps=10)
     model, config = jit_lab.load_model(tmp_path / "run" / "model.safetensors", "cpu")
     again = common.make_grid(
-        common.to_uint8(jit_lab.sample(model, config, jit_lab.SampleConfig(num=25, precision="fp32")))
+        common.to_uint8(jit_lab.sample(model, config, jit_lab.SampleConfig(num=25, steps=25, precision="fp32")))
     )
     assert again.tobytes() == Image.open(tmp_path / "run" / "samples" / "step_000010.png").tobytes()
 
@@ -281,7 +283,7 @@ def test_novelty_writes_a_sheet_and_a_table(train, folder, command, tmp_path):
     assert Image.open(tmp_path / "samples" / "jit_lab_novelty.png").size[0] > 100
 
 
-@pytest.mark.parametrize("module", [jit_lab, dit_t2i])
+@pytest.mark.parametrize("module", [jit_lab, dit_t2i, unet_ddpm])
 def test_help_explains_verbs_and_options(command, module):
     file = f"{module.__name__}.py"
     code, out, errors = command(file=file)
@@ -289,12 +291,12 @@ def test_help_explains_verbs_and_options(command, module):
     assert all(f"{verb} " in out for verb in module.VERBS)
     code, out, _ = command("train", "--help", file=file)
     options = re.findall(r"--([a-z0-9-]+)", out)
-    for name in module.Config.__dataclass_fields__:
-        assert name.replace("_", "-") in options
+    for name, field in module.Config.__dataclass_fields__.items():
+        assert (field.metadata["flag"] or "--" + name.replace("_", "-"))[2:] in options
 
 
 def test_importing_has_no_side_effect(tmp_path):
-    words = "import jit_lab, dit_t2i, os, sys; assert not os.listdir()"
+    words = "import jit_lab, dit_t2i, unet_ddpm, os, sys; assert not os.listdir()"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, "-c", words, "--no-such-option"], cwd=tmp_path, env=environment)
     assert done.returncode == 0 and not list(tmp_path.iterdir())
@@ -304,9 +306,10 @@ def test_readme_names_only_what_exists():
     readme = (ROOT / "README.md").read_text()
     for path in re.findall(r"\]\(([^)#:]+)\)|src=\"([^\":]+)\"", readme):
         assert (ROOT / (path[0] or path[1])).exists(), path
-    for name, module in (("jit_lab", jit_lab), ("dit_t2i", dit_t2i)):
-        fields = {field for _, config, *_ in module.VERBS.values() for field in config.__dataclass_fields__}
-        flags = {"--" + field.replace("_", "-") for field in fields} | {"--preset", "--help"}
+    for name, module in (("jit_lab", jit_lab), ("dit_t2i", dit_t2i), ("unet_ddpm", unet_ddpm)):
+        fields = [field for _, config, *_ in module.VERBS.values() for field in dataclasses.fields(config)]
+        flags = {field.metadata["flag"] or "--" + field.name.replace("_", "-") for field in fields}
+        flags |= {"--preset", "--help"}
         lines = re.findall(rf"python {name}\.py ([a-z]+)([^\n`]*)", readme)
         assert lines
         for verb, rest in lines:

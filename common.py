@@ -1161,13 +1161,28 @@ def epoch_order(seed, epoch, count):
 # Shards: what an encoder made of a folder of pictures, a thousand in a file
 
 
+@dataclasses.dataclass
+class ShardConfig:
+    """What every verb that writes shards asks."""
+
+    data: str = option("", "folder of pictures")
+    out: str = option("", "folder for the shards")
+    vae: str = option("", "autoencoder: a file or a folder")
+    image_size: int = option(256, "side to which the pictures are brought", low=8)
+    shard: int = option(1000, "pictures in a shard", low=1)
+    batch_size: int = option(16, "pictures encoded at a time", low=1)
+    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    precision: str = option("auto", "of the matrix products", choices=("auto", "fp32", "bf16", "fp16"))
+
+
 def write_shards(options, paths, about, rows, encode, extra):
     """Encode pictures into options.out, options.shard of them in each file. A file is written whole or not at all, so
     that the same call goes on after a kill with the first one that is missing.
 
-    paths: the pictures; about: what the whole folder has in common, for the files' headers; rows: path -> what is to be
-    known of a picture, JSON; encode(pictures (B, 3, S, S) in [-1, 1], their rows) -> name -> tensor of B rows; extra:
-    name -> tensor, in every file. Returns (number of pictures encoded, a line for each skipped). Raises UserError.
+    options: a ShardConfig; paths: the pictures; about: what the whole folder has in common, for the files' headers;
+    rows: path -> what is to be known of a picture, JSON; encode(pictures (B, 3, S, S) in [-1, 1], their rows) -> name
+    -> tensor of B rows; extra: name -> tensor, in every file. Returns (number of pictures encoded, a line for each
+    skipped). Raises UserError.
     """
     done, skipped = 0, []
     bar = tqdm(total=len(paths), desc="encoding", unit=" pictures")

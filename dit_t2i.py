@@ -1181,18 +1181,10 @@ def build_model(config, channels, size, vocabulary):
 
 
 @dataclasses.dataclass
-class PrepareConfig:
+class PrepareConfig(common.ShardConfig):
     """Options of the verb prepare."""
 
-    data: str = option("", "folder of captioned pictures")
-    out: str = option("", "folder for the shards")
-    vae: str = option("", "VAE: a file or a folder")
     clip: str = option("", "CLIP ViT-L/14: a Hugging Face folder, or its weights beside its tokenizer files")
-    image_size: int = option(256, "side to which the pictures are brought", low=8)
-    shard: int = option(1000, "samples in a shard", low=1)
-    batch_size: int = option(16, "pictures encoded at a time", low=1)
-    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    precision: str = option("auto", "of the matrix products", choices=("auto", "fp32", "bf16", "fp16"))
 
 
 def prepare_command(options):

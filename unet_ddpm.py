@@ -14,7 +14,7 @@ network is told 999 t of the one and the timestep of the other: the same range, 
 
 What to expect of the demo preset (two cores of an AMD EPYC with AVX512-BF16, 130 to 160 images/s once compiled): faces
 in tatters at minute 1, faces at 3, plain backgrounds and clean lines from 5 on; a loss of 0.27, 0.18 and 0.13 at
-minutes 1, 3 and 10. The same with --objective ddpm: shapes as good, colours far too strong.
+minutes 1, 3 and 10. The same with --objective ddpm: faces that can be told, in far too strong colours.
 """
 
 import base64
@@ -122,17 +122,10 @@ PRESETS = {
 
 
 @dataclasses.dataclass
-class EncodeConfig:
+class EncodeConfig(common.ShardConfig):
     """Options of the verb encode."""
 
-    data: str = option("", "folder of pictures")
     out: str = option("", "folder for the shards (default: in data/, named after the folder, the VAE and the size)")
-    vae: str = option("", "autoencoder: a file or a folder")
-    image_size: int = option(256, "side to which the pictures are brought", low=8)
-    shard: int = option(1000, "pictures in a shard", low=1)
-    batch_size: int = option(16, "pictures encoded at a time", low=1)
-    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    precision: str = option("auto", "of the matrix products", choices=("auto", "fp32", "bf16", "fp16"))
 
 
 def encode_folder(options):
@@ -886,7 +879,8 @@ def frechet(a, b):
 
 
 class Distance:
-    """distance(pictures (n, 3, S, S) in [0, 1]) from n real ones, and `floor`, that of n other real ones.
+    """distance(pictures (n, 3, S, S) in [0, 1]) from n real ones; `floor`, that of n other real ones, and `floors`,
+    what it is the mean of.
 
     Inception FID with the TorchScript file that the field shares (StyleGAN2-ADA's inception-2015-12-05.pt, which takes
     uint8 pictures and returns 2,048 features), else the sliced Wasserstein distance, the mean of its levels.
@@ -902,8 +896,8 @@ class Distance:
         self.network = load_inception(inception) if inception else None
         self.name = "Inception FID" if inception else "Sliced Wasserstein distance on Laplacian pyramids x 1000"
         self.real = self.features(real([data[i] for i in order[: self.num]]))
-        self.others = real([data[i] for i in order[self.num : 2 * self.num]])
-        self.floor = self(self.others)
+        self.floors = self.levels(real([data[i] for i in order[self.num : 2 * self.num]]))
+        self.floor = sum(self.floors) / len(self.floors)
 
     def features(self, rgb):
         if self.network is None:
@@ -1020,7 +1014,7 @@ class Trained:
         return [(int(row["step"]), float(row["loss"])) for row in rows]
 
 
-MAY_DIFFER = "objective predict out minutes steps resume start device precision compile checkpoint_every".split()
+MAY_DIFFER = "objective predict out minutes resume start device precision compile checkpoint_every".split()
 
 
 def must_agree(runs):
@@ -1031,21 +1025,16 @@ def must_agree(runs):
         for key, what in parts.items():
             if first.header[key] != other.header[key]:
                 raise UserError(f"{first.folder} and {other.folder} had different {what}; compare equals")
-        ours, theirs = ({"steps": run.header["step"]} | dataclasses.asdict(run.config) for run in (first, other))
-        ours["steps"], theirs["steps"] = first.header["step"], other.header["step"]
+        ours, theirs = (dataclasses.asdict(run.config) | {"steps": run.header["step"]} for run in (first, other))
         for key in ours:
-            if ours[key] != theirs[key] and (key == "steps" or key not in MAY_DIFFER):
+            if key not in MAY_DIFFER and ours[key] != theirs[key]:
                 names = f"{first.folder} and {other.folder}"
                 print(f"note: {names} differ in --{key.replace('_', '-')}: {ours[key]}, {theirs[key]}", file=sys.stderr)
 
 
-def compare_command(config):
-    """Train both objectives with one budget, or take two runs, and write index.html and compare.png into --out.
-
-    Flow matching goes first, in half of --minutes if the budget is one of time; DDPM then makes as many steps, on the
-    same pictures with the same noise. Where one run is given, the other is trained with its settings, --predict apart.
-    """
-    # What can be wrong is looked at before anything is trained.
+def given_runs(config):
+    """The runs that --flow and --ddpm name, by objective, and those of --finetuned. Raises UserError for whatever can
+    be wrong, before anything is trained."""
     if config.inception:
         load_inception(config.inception)
     runs = {name: Trained(getattr(config, name), config) for name in LOSSES if getattr(config, name)}
@@ -1060,6 +1049,16 @@ def compare_command(config):
         raise UserError("--finetuned takes one run of each objective; leave one out")
     if adapting:
         must_agree(adapting)
+    return runs, adapting
+
+
+def compare_command(config):
+    """Train both objectives with one budget, or take two runs, and write index.html and compare.png into --out.
+
+    Flow matching goes first, in half of --minutes if the budget is one of time; DDPM then makes as many steps, on the
+    same pictures with the same noise. Where one run is given, the other is trained with its settings, --predict apart.
+    """
+    runs, adapting = given_runs(config)
     out, settings = Path(config.out), Config(**{f.name: getattr(config, f.name) for f in dataclasses.fields(Config)})
     budget = dict(minutes=config.minutes and config.minutes / 2, steps=config.steps)
     for name in [name for name in LOSSES if name not in runs]:
@@ -1093,7 +1092,7 @@ def compare_command(config):
     ]
     if not config.inception:
         title = "Its finest level alone, which tells how sharp pictures are, by sampling steps"
-        charts.append(Chart(title, finest, distance.levels(distance.others)[0]))
+        charts.append(Chart(title, finest, distance.floors[0]))
     losses = {name: run.losses() for name, run in runs.items()}
     charts.append(Chart("Loss, of two different targets, by training steps", losses))
     if adapting:

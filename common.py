@@ -38,7 +38,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageOps
+from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -130,6 +130,13 @@ class TimestepEmbedder(nn.Module):
 def modulate(x, shift, scale):
     """AdaLN: x (B, N, D), scaled and shifted as the condition says by (B, D) each (Peebles & Xie 2022, section 3.2)."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def zero(module):
+    """A module that says 0 until it has learned otherwise: each block then starts as its shortcut."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
 
 
 def attention(q, k, v):
@@ -280,6 +287,8 @@ class TrainConfig:
 
 def check_config(config):
     """Raise UserError for a value out of its range, naming the option."""
+    if isinstance(config, TrainConfig) and config.grad_accum > 0 and config.batch_size % config.grad_accum:
+        raise UserError(f"--grad-accum {config.grad_accum} does not divide --batch-size {config.batch_size}")
     for field in dataclasses.fields(config):
         value, limits = getattr(config, field.name), field.metadata
         values = value if isinstance(value, tuple | list) else (value,)
@@ -327,9 +336,9 @@ def make_config(config_class, given, presets=None):
     """Config from a preset's values and, over them, the given ones. A budget that is given lifts the preset's."""
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     preset = dict((presets or {}).get(given.pop("preset", "demo"), {}))
-    budgets = {"minutes", "steps", "epochs"}
-    if budgets & given.keys():
-        preset = {k: v for k, v in preset.items() if k not in budgets}
+    for budgets in ({"minutes", "steps", "epochs"}, {"vae_minutes", "vae_steps"}):
+        if budgets & given.keys():
+            preset = {k: v for k, v in preset.items() if k not in budgets}
     config = config_class(**(preset | given))
     check_config(config)
     return config
@@ -997,22 +1006,29 @@ PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".
 MAX_PIXELS = 64_000_000  # a larger file is taken for a decompression bomb and skipped before it is decoded
 
 
-def read_picture(path, size):
-    """One file -> (size, size, 3) uint8, the centre square. Raises an exception if it is no readable picture.
+def open_picture(path, size=None):
+    """A file as a PIL picture, RGB. Raises an exception if it is no readable picture.
 
-    The content decides, not the name. Of an animation the first frame counts; transparency lies on white.
+    The content decides, not the name. Of an animation the first frame counts; transparency lies on white. size: what
+    sides are enough, where not all pixels are wanted.
     """
     with Image.open(path) as picture:
         if picture.width * picture.height > MAX_PIXELS:
             raise ValueError(f"{picture.width} x {picture.height} pixels are too many")
-        picture.draft("RGB", (2 * size, 2 * size))  # a JPEG of a camera is decoded at a fraction of its size
+        if size:
+            picture.draft("RGB", (2 * size, 2 * size))  # a JPEG of a camera is decoded at a fraction of its size
         if picture.mode.startswith("I"):  # 16 bits, which Pillow's convert would clip instead of scale
             picture = Image.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8))
         picture = ImageOps.exif_transpose(picture)
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        return np.asarray(ImageOps.fit(picture.convert("RGB"), (size, size), Image.Resampling.LANCZOS))
+        return picture.convert("RGB")
+
+
+def read_picture(path, size):
+    """One file -> (size, size, 3) uint8, the centre square. Raises as open_picture."""
+    return np.asarray(ImageOps.fit(open_picture(path, size), (size, size), Image.Resampling.LANCZOS))
 
 
 def picture_paths(folder):
@@ -1323,6 +1339,18 @@ def save_gif(frames, path, milliseconds=200):
     save_picture(frames[0], path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
+def film(draw, wanted=True):
+    """(frames, watch) for an animation of at most ten frames: watch(x, part) adds draw(x) to the list at the start, at
+    the end and eight times between; part, 0 to 1, is how far x has come. If it is not wanted, the list stays empty."""
+    frames = []
+
+    def watch(x, part):
+        if wanted and part >= len(frames) / 9 - 1e-6:
+            frames.append(draw(x))
+
+    return frames, watch
+
+
 def write_samples(pictures, names, options, frames, columns=None):
     """What the verb sample leaves behind: pictures (B, H, W, 3) uint8 as a grid in options.out, with options.each one
     by one under their names, with options.gif the frames of the way there."""
@@ -1335,11 +1363,73 @@ def write_samples(pictures, names, options, frames, columns=None):
         save_gif(frames, options.gif)
 
 
+COLOURS = "#1f77b4", "#d9541e", "#3a923a", "#8a5bd0"  # of a chart's curves
+
+
+@dataclasses.dataclass
+class Chart:
+    """Curves, name -> [(x, y > 0)]; where y is a distance, `floor` is that of real pictures from each other."""
+
+    title: str
+    curves: dict
+    floor: float | None = None
+    colours: dict | None = None  # name -> colour [COLOURS in turn]
+
+    def draw(self, width=640, height=320):
+        """As a PIL picture, y on a logarithmic axis."""
+        image, font = Image.new("RGB", (width, height), "white"), ImageFont.load_default(13)
+        pen, left, right, top, bottom = ImageDraw.Draw(image), 56, width - 96, 36, height - 32
+        pen.text((left, 8), self.title, "black", font)
+        points = [point for curve in self.curves.values() for point in curve]
+        if not points:
+            return image
+        xs, ys = zip(*points)
+        ys = [*ys, ys[0] if self.floor is None else self.floor]
+        low, high, last = max(min(ys), 1e-6) / 1.1, max(*ys, 1e-6) * 1.1, max(*xs, 1)
+
+        def place(x, y):
+            up = math.log(max(y, low) / low) / math.log(high / low)
+            return left + x / last * (right - left), bottom - up * (bottom - top)
+
+        pen.line([(left, top), (left, bottom), (right, bottom)], "black")
+        for y in (a * 10.0**b for b in range(-6, 7) for a in (1, 2, 5)):
+            if low <= y <= high:
+                pen.text((left - 6, place(0, y)[1]), f"{y:g}", "black", font, "rm")
+                pen.line([(left - 3, place(0, y)[1]), (left, place(0, y)[1])], "black")
+        marked = sorted(set(xs)) if len(set(xs)) < 6 else [0, last // 2, last]
+        for x in marked:
+            pen.text((place(x, low)[0], bottom + 6), f"{x:,}", "black", font, "ma")
+        if self.floor is not None:
+            across = place(0, self.floor)[1]
+            for x in range(left, right, 10):
+                pen.line([(x, across), (x + 5, across)], "grey")
+            pen.text((right + 6, across), "floor", "grey", font, "lm")
+        for i, (name, curve) in enumerate(self.curves.items()):
+            colour = (self.colours or {}).get(name) or COLOURS[i % len(COLOURS)]
+            pen.line([place(x, y) for x, y in curve], colour, 2)
+            pen.text((right + 6, top + 18 * i), name, colour, font)
+        return image
+
+    def table(self):
+        """As an HTML table; long curves have none."""
+        xs = sorted({x for curve in self.curves.values() for x, _ in curve})
+        if len(xs) > 20:
+            return ""
+        lines = [["", *(f"{x:,}" for x in xs)]]
+        for name, curve in self.curves.items():
+            lines.append([name, *(f"{dict(curve)[x]:.1f}" if x in dict(curve) else "" for x in xs)])
+        if self.floor is not None:
+            lines.append(["real against real", f"{self.floor:.1f}"])
+        rows = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in line) + "</tr>" for line in lines)
+        return f"<h2>{html.escape(self.title)}</h2><table>{rows}</table>"
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Run folders
 
 # May differ between a run and its resumption: how long, where, and how often to save. All else would change the run.
 MAY_CHANGE = {"out", "minutes", "steps", "epochs", "vae", "clip", "device", "compile", "checkpoint_every", "resume"}
+MAY_CHANGE |= {"vae_minutes", "vae_steps", "checkpointing", "checkpoint_activations"}
 PROGRESS_BAR = "{percentage:3.0f}% {bar} {elapsed} passed, {remaining} left{postfix}"
 NOISE_BINS = 8
 LOG_COLUMNS = ["step", "seconds", "images", "loss", "lr", "grad_norm", "images_per_second"]
@@ -1363,6 +1453,7 @@ class Run:
         self.done, self.interrupted = False, False
         self.header = {}  # what the checkpoints' headers say beside system, step and config
         self.window = []  # (costs, times, loss, gradient norm, lr) of each step since the last line of the log
+        check_config(config)
         if not config.minutes and not config.steps:
             raise UserError("a run needs an end: give --minutes or --steps")
         if config.resume:
@@ -1520,10 +1611,13 @@ class Run:
         tensors, header = load_tensors(self.state_path)
         if not header or header.get("system") != self.system:
             raise UserError(f"{self.state_path} is no run of {self.system}.py; name another --out")
-        before, now = header["config"], json.loads(json.dumps(dataclasses.asdict(self.config)))
-        changed = [k for k in now if now[k] != before.get(k) and k not in MAY_CHANGE]
+        # An option that is younger than the run was at its default.
+        defaults = {field.name: field.default for field in dataclasses.fields(self.config)}
+        before = json.loads(json.dumps(defaults)) | header["config"]
+        now = json.loads(json.dumps(dataclasses.asdict(self.config)))
+        changed = [k for k in now if now[k] != before[k] and k not in MAY_CHANGE]
         if changed:
-            asked = ", ".join(f"--{k.replace('_', '-')} {before.get(k)} (not {now[k]})" for k in changed[:3])
+            asked = ", ".join(f"--{k.replace('_', '-')} {before[k]} (not {now[k]})" for k in changed[:3])
             raise UserError(f"{self.folder} was made with {asked}; resume with the same options, or name another --out")
         other = [key for key, value in self.header.items() if header.get(key) != value]
         if other:
@@ -1560,6 +1654,7 @@ class Run:
 
         edges = [f"{k / NOISE_BINS:.3f}" for k in range(NOISE_BINS + 1)]
         noise = {f"t {edges[k]} to {edges[k + 1]}": series(f"loss_bin_{k}") for k in range(NOISE_BINS)}
+        knows_time = sum(map(bool, noise.values())) > 1  # an autoencoder's training does not
         strip = ""
         for path in sorted((self.folder / "samples").glob("step_[0-9]*.png")):
             data = base64.b64encode(path.read_bytes()).decode()
@@ -1574,7 +1669,7 @@ class Run:
             summary=f"step {self.step}, {self.images:,} images, {self.seconds / 60:.1f} minutes",
             command=html.escape(self.command()),
             loss=svg_chart({"loss": series("loss")}),
-            noise=svg_chart(noise),
+            noise=f"<h2>Loss by time</h2>{svg_chart(noise)}" if knows_time else "",
             strip=strip,
             config=config,
         )
@@ -1591,7 +1686,7 @@ code {{ background: #f3f3f3; padding: .2rem .4rem }}
 </style>
 <h1>{title}</h1><p>{summary}. To go on: <code>{command}</code></p>
 <h2>Samples from the averaged weights, always from the same noise</h2>{strip}
-<h2>Loss</h2>{loss}<h2>Loss by time</h2>{noise}
+<h2>Loss</h2>{loss}{noise}
 <h2>Configuration</h2><table>{config}</table>
 </html>
 """

@@ -9,6 +9,7 @@ NOISE, as in the write-up: z_t = (1 - t) data + t noise, and the network's veloc
     python dit_t2i.py evaluate                                 colours and things never seen together: right or wrong?
     python dit_t2i.py prepare --data DIR --out SHARDS --vae VAE --clip CLIP
     python dit_t2i.py train --preset paper --data SHARDS       the write-up's 258M parameters
+    python dit_t2i.py train --arch joint                       the architecture of another write-up, "re-diffusion"
 
 Beside the write-up, read first msrope, JointAttention, DualStreamLayer and DiT, then flow_loss and guided, then train
 and sample. The picture books at the beginning, emoji and drawn scenes, are there to learn from without a download.
@@ -36,6 +37,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageDraw, ImageFont
+from torch.utils.checkpoint import checkpoint
 
 import common
 from common import (
@@ -88,6 +90,11 @@ class Config(common.TrainConfig):
     max_words: int = option(16, "longest caption that the word table's model can read", low=1)
     null_prob: float = option(0.1, "how often a caption is left out, for guidance", low=0.0, high=1.0)
     # Model
+    arch: str = option(
+        "dual",
+        "dual: two streams that meet in attention, turned by their places; joint: the write-up re-diffusion's",
+        choices=("dual", "joint"),
+    )
     patch_size: int = option(8, "side of a token's patch in pixels, or latent cells", low=1)
     depth: int = option(6, "number of dual-stream layers", low=1)
     num_heads: int = option(4, "attention heads", low=1)
@@ -97,10 +104,16 @@ class Config(common.TrainConfig):
     predict: str = option(
         "data", "what the last layer says: data (in pixels) or velocity", choices=("data", "velocity")
     )
+    time_law: str = option(
+        "",
+        "of t: the sigmoid of a normal, or uniform (default: normal, for joint uniform)",
+        choices=("", "normal", "uniform"),
+    )
     time_mean: float = option(2.5, "of the normal whose sigmoid is t; above 0: mostly noise")
     time_fall: float = option(2.0, "by how much that mean falls over the run: words first, then strokes")
     time_std: float = option(1.5, "its spread", low=0.0)
     time_min: float = option(0.05, "least training t, by which a prediction of data is divided", low=0.0, high=1.0)
+    checkpoint_activations: bool = option(False, "keep less in memory while training, compute each layer twice")
     # Sampling
     cfg: float = option(3.0, "guidance of the pictures made while training, and default of sample", low=0.0)
 
@@ -998,6 +1011,24 @@ class FeedForward(nn.Module):
         return self.net(x)
 
 
+class SwiGLU(nn.Module):
+    """value * silu(gate) between two layers (Shazeer 2020, eq. 6), as large as FeedForward: two thirds as wide
+    inside, with half as many matrices again."""
+
+    def __init__(self, width):
+        super().__init__()
+        inside = math.ceil(8 * width / 3 / 64) * 64
+        self.enter, self.leave = nn.Linear(width, 2 * inside), nn.Linear(inside, width)
+
+    def forward(self, x):
+        value, gate = self.enter(x).chunk(2, dim=-1)
+        return self.leave(value * F.silu(gate))
+
+
+def turn(x, rope):
+    return x if rope is None else apply_rope(x, rope)
+
+
 class JointAttention(nn.Module):
     """Each stream has its own queries, keys and values; then all tokens, text first, attend to all."""
 
@@ -1016,14 +1047,15 @@ class JointAttention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, h, N, head_dim)
 
     def forward(self, txt, vis, rope, text_goes_on=True):
-        """txt (B, T, D), vis (B, N, D) -> what each has gathered; None for text that has no layer left to go to."""
+        """txt (B, T, D), vis (B, N, D) -> what each has gathered; None for text that has no layer left to go to. rope:
+        the tables of both streams, or (None, None) where tokens know their places otherwise."""
         txt_rope, vis_rope = rope
-        q = apply_rope(self.vis_q_norm(self.heads(self.vis_q_proj(vis))), vis_rope)
-        k = apply_rope(self.vis_k_norm(self.heads(self.vis_k_proj(vis))), vis_rope)
-        txt_k = apply_rope(self.txt_k_norm(self.heads(self.txt_k_proj(txt))), txt_rope)
+        q = turn(self.vis_q_norm(self.heads(self.vis_q_proj(vis))), vis_rope)
+        k = turn(self.vis_k_norm(self.heads(self.vis_k_proj(vis))), vis_rope)
+        txt_k = turn(self.txt_k_norm(self.heads(self.txt_k_proj(txt))), txt_rope)
         v = torch.cat((self.heads(self.txt_v_proj(txt)), self.heads(self.vis_v_proj(vis))), dim=2)
         if text_goes_on:
-            txt_q = apply_rope(self.txt_q_norm(self.heads(self.txt_q_proj(txt))), txt_rope)
+            txt_q = turn(self.txt_q_norm(self.heads(self.txt_q_proj(txt))), txt_rope)
             q = torch.cat((txt_q, q), dim=2)  # (B, h, T + N, head_dim)
         x = attention(q, torch.cat((txt_k, k), dim=2), v).transpose(1, 2).flatten(2)
         if not text_goes_on:
@@ -1037,17 +1069,18 @@ class DualStreamLayer(nn.Module):
     and a gate that it opens. The gates start at zero, so that a fresh layer is the identity (adaLN-Zero).
 
     In the last layer nothing reads the text any more. Its text queries, output and feed-forward network can learn
-    nothing there (5.9M of the write-up's 258M parameters); they exist because the published checkpoints have them.
+    nothing there (5.9M of the write-up's 258M parameters); they exist because the published checkpoints have them, and
+    in "joint" for the sake of one class.
     """
 
-    def __init__(self, num_heads, head_dim, last):
+    def __init__(self, num_heads, head_dim, last, feed_forward=FeedForward):
         super().__init__()
         width = num_heads * head_dim
         self.last = last
         self.vis_mod = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
-        self.vis_ff = FeedForward(width)
+        self.vis_ff = feed_forward(width)
         self.txt_mod = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
-        self.txt_ff = FeedForward(width)
+        self.txt_ff = feed_forward(width)
         self.attn = JointAttention(num_heads, head_dim)
         if last:
             for part in (self.txt_ff, self.attn.txt_q_proj, self.attn.txt_q_norm, self.attn.txt_o_proj):
@@ -1083,10 +1116,19 @@ class OutputNorm(nn.Module):
 
 
 class DiT(nn.Module):
-    """Dual-stream diffusion transformer.
+    """Diffusion transformer of two streams, in two architectures.
 
-    latent_size  side of the training latents (or pictures). Nothing depends on it, since positions are computed: any
-                 multiple of patch_size can be asked for
+    "dual" is "Diffusion from Scratch". "joint" is "re-diffusion", whose published code does not run; built is what its
+    text says, in the same layers. Against "dual" it has learned positions instead of turned heads, the mean of the
+    caption beside the time (section 4.2), and SwiGLU, which is its code's. Where the text is silent or at odds with
+    itself: AdaLN-Zero is DiT's, with a gate that starts at zero, which the formula (4.3) lacks; the time is of 1000 t,
+    for at a period of 10,000 a t up to 1 hardly turns; the caption is normed before its mean, which is of words alone
+    or of all of CLIP's 77 states; residuals go around attention and around the MLP (4.4), each stream with its own
+    output matrix; queries and keys are normed by head; after the last layer, whose text nobody reads, come the same
+    norm and projection as in "dual".
+
+    latent_size  side of the training latents (or pictures). Of "dual" nothing depends on it, since positions are
+                 computed; the learned ones of "joint" are stretched for another size. Multiples of patch_size will do
     vocabulary   words of the model's own table; 0 for a text encoder that brings vectors
     predict      what the last layer says: "velocity", or "data", from which the velocity follows
     time_min     least t that training shows; sample() asks for none below
@@ -1107,10 +1149,12 @@ class DiT(nn.Module):
         vocabulary=0,
         predict="velocity",
         time_min=0.0,
+        arch="dual",
     ):
         super().__init__()
         width = num_heads * head_dim
         self.patch_size, self.head_dim, self.predict, self.time_min = patch_size, head_dim, predict, time_min
+        self.joint, self.checkpointing = arch == "joint", False
         self.words = nn.Embedding(vocabulary + 1, text_dim) if vocabulary else None
         self.patch_embed = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
         # The sinusoid is of 1000 t and stays in float32. The published code lets autocast round it to bfloat16, which
@@ -1118,7 +1162,12 @@ class DiT(nn.Module):
         self.step_embed = TimestepEmbedder(width, scale=1000)
         self.text_norm = RMSNorm(text_dim)
         self.text_proj = nn.Linear(text_dim, width)
-        self.layers = nn.ModuleList(DualStreamLayer(num_heads, head_dim, i == depth - 1) for i in range(depth))
+        if self.joint:
+            self.positions = nn.Parameter(torch.zeros(1, width, latent_size // patch_size, latent_size // patch_size))
+            self.caption_embed = nn.Linear(text_dim, width)
+        feed_forward = SwiGLU if self.joint else FeedForward
+        layers = (DualStreamLayer(num_heads, head_dim, i == depth - 1, feed_forward) for i in range(depth))
+        self.layers = nn.ModuleList(layers)
         self.output_norm = OutputNorm(width)
         self.output_proj = nn.Linear(width, patch_size**2 * in_channels)
         self.initialize_weights()
@@ -1130,8 +1179,11 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for linear in (self.step_embed.mlp[0], self.step_embed.mlp[2], self.text_proj):
-            nn.init.normal_(linear.weight, std=0.02)
+        embeddings = [self.step_embed.mlp[0].weight, self.step_embed.mlp[2].weight, self.text_proj.weight]
+        if self.joint:
+            embeddings += [self.caption_embed.weight, self.positions]
+        for weight in embeddings:
+            nn.init.normal_(weight, std=0.02)
         if self.words is not None:  # short vectors turn sooner, and text_norm makes them long
             nn.init.normal_(self.words.weight, std=0.1)
         for layer in self.layers:
@@ -1145,18 +1197,33 @@ class DiT(nn.Module):
         if height % p or width % p:
             raise ValueError(f"{height} x {width} is no multiple of the patch size {p}")
         height, width = height // p, width // p
-        rope = msrope(height, width, text.shape[1], self.head_dim, z_t.device)
         condition = self.step_embed(t)  # (B, D)
-        states = text if self.words is None else self.words(text)
-        txt = self.text_proj(self.text_norm(states)).float()  # (B, T, D); the streams add up in float32
+        states = self.text_norm(text if self.words is None else self.words(text))
+        txt = self.text_proj(states).float()  # (B, T, D); the streams add up in float32
         vis = self.patch_embed(z_t).flatten(2).transpose(1, 2).float().contiguous()  # (B, N, D)
-        if self.words is not None:
+        rope = None, None
+        if self.joint:
+            places = self.positions
+            if places.shape[2:] != (height, width):
+                places = F.interpolate(places, (height, width), mode="bicubic")
+            vis = vis + places.flatten(2).transpose(1, 2)
+            told = torch.ones_like(states[..., :1]) if self.words is None else (text > 0).unsqueeze(-1)
+            condition = condition + self.caption_embed((states * told).sum(dim=1) / told.sum(dim=1).clamp(min=1))
+            if self.words is not None:  # CLIP's states know the order of words, a table's do not
+                order = torch.arange(txt.shape[1], device=z_t.device)
+                txt = txt + torch.cat(sincos_table(order, txt.shape[-1]), dim=-1)
+        else:
+            rope = msrope(height, width, text.shape[1], self.head_dim, z_t.device)
+        if self.words is not None and not self.joint:
             # What the write-up leaves to attention is too slow for a few minutes. The words' sum joins the time, as the
             # pooled text does in Stable Diffusion 3 (Esser et al. 2024, section 4), and patches are told their place.
             condition = condition + (txt * (text > 0).unsqueeze(-1)).sum(dim=1)
             vis = vis + sincos_2d(*centred(height, width, z_t.device), vis.shape[-1])
         for layer in self.layers:
-            txt, vis = layer(txt, vis, condition, rope)
+            if self.checkpointing and self.training:  # forget what lies within, compute it again going back
+                txt, vis = checkpoint(layer, txt, vis, condition, rope, use_reentrant=False)
+            else:
+                txt, vis = layer(txt, vis, condition, rope)
         out = self.output_proj(self.output_norm(vis, condition)).float()  # (B, N, p p C)
         out = out.unflatten(1, (height, width)).unflatten(-1, (p, p, channels))  # (B, H/p, W/p, p, p, C)
         out = out.permute(0, 5, 1, 3, 2, 4).reshape(z_t.shape)
@@ -1173,7 +1240,9 @@ def build_model(config, channels, size, vocabulary):
     if config.head_dim % 4:
         raise UserError(f"--head-dim {config.head_dim} must be a multiple of 4")
     sizes = config.patch_size, channels, config.depth, config.num_heads, config.head_dim, config.text_dim, size
-    return DiT(*sizes, vocabulary, config.predict, config.time_min)
+    model = DiT(*sizes, vocabulary, config.predict, config.time_min, config.arch)
+    model.checkpointing = config.checkpoint_activations
+    return model
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -1223,11 +1292,14 @@ def prepare_command(options):
 
 def flow_loss(config, model, x, text, draw, progress=0.0):
     """What each picture of the batch costs, (B,), and its time, (B,): the squared error of the velocity noise - data at
-    z_t = (1 - t) data + t noise, with t the sigmoid of a normal ("Rectified Flow" in the write-up). progress, from 0 to
-    1, is the part of the run that is over."""
-    normal = torch.randn(len(x), generator=draw, device=draw.device)
-    mean = config.time_mean - progress * config.time_fall
-    t = torch.sigmoid(mean + config.time_std * normal).clamp(min=config.time_min)
+    z_t = (1 - t) data + t noise, with t the sigmoid of a normal ("Rectified Flow" in the write-up; in re-diffusion's,
+    "Diffusion as Rectified Flow", t is uniform). progress, from 0 to 1, is the part of the run that is over."""
+    if (config.time_law or {"dual": "normal", "joint": "uniform"}[config.arch]) == "uniform":
+        t = config.time_min + (1 - config.time_min) * torch.rand(len(x), generator=draw, device=draw.device)
+    else:
+        normal = torch.randn(len(x), generator=draw, device=draw.device)
+        mean = config.time_mean - progress * config.time_fall
+        t = torch.sigmoid(mean + config.time_std * normal).clamp(min=config.time_min)
     noise = torch.randn(x.shape, generator=draw, device=draw.device)
     error = model(flow_point(x, noise, t), t, text) - (noise - x)
     return error.square().mean(dim=(1, 2, 3)), t
@@ -1256,8 +1328,6 @@ def train(config):
     """Train from nothing, or go on with --resume; what is left behind is a run folder. Raises UserError."""
     device = common.pick_device(config.device)
     precision = common.pick_precision(config.precision, device)
-    if config.batch_size % config.grad_accum:
-        raise UserError(f"--grad-accum {config.grad_accum} does not divide --batch-size {config.batch_size}")
     everything, data, held_out, skipped = load_data(config)
     if config.epochs:
         steps = config.epochs * math.ceil(len(data) / config.batch_size)
@@ -1372,7 +1442,7 @@ class SampleConfig(DrawConfig):
     tile: int | None = option(None, "decode in tiles of so many latent cells, where memory is short", low=32)
     out: str = option("samples/dit_t2i.png", "picture of all samples, a row for each prompt")
     each: str = option("", "folder for single pictures")
-    gif: str = option("", "animation of the first pictures, from noise to data in 10 frames")
+    gif: str = option("", "animation of the first pictures, from noise to data in at most 10 frames")
 
 
 @torch.no_grad()
@@ -1470,14 +1540,14 @@ def sample_command(options):
     if common.pick_precision(options.precision, device) == "bf16":
         model = model.bfloat16()  # once, instead of at every step
     vae = vae.to(device) if vae else None
-    frames = []
 
-    def keep(z, t):
-        if options.gif and 1 - t >= len(frames) / 9 - 1e-6:
-            frames.append(common.make_grid(common.to_uint8(to_rgb(vae, z[:16], options.tile))))
+    def to_grid(z):
+        return common.make_grid(common.to_uint8(to_rgb(vae, z[:16], options.tile)))
 
+    frames, watch = common.film(to_grid, options.gif)
     text, null = encoder([*prompts, options.negative]).split((len(prompts), 1))
-    latents = sample(model, options, text, null, (channels, size // stride, size // stride), keep)
+    shape = channels, size // stride, size // stride
+    latents = sample(model, options, text, null, shape, lambda z, t: watch(z, 1 - t))
     with autocast(device, common.pick_precision(options.precision, device)):
         rgb = torch.cat([to_rgb(vae, part, options.tile).cpu() for part in latents.split(options.batch_size)])
     names = [f"{row:03d}_{options.seed + i:06d}" for row in range(len(prompts)) for i in range(options.num)]

@@ -485,8 +485,6 @@ def train(config):
     """Train from nothing, or go on with --resume; what is left behind is a run folder. Raises UserError."""
     device = common.pick_device(config.device)
     precision = common.pick_precision(config.precision, device)
-    if config.batch_size % config.grad_accum:
-        raise UserError(f"--grad-accum {config.grad_accum} does not divide --batch-size {config.batch_size}")
     torch.manual_seed(config.seed)
     model = build_model(config).to(device)
     run = Run(config, "jit_lab")
@@ -555,7 +553,7 @@ class SampleConfig(DrawConfig):
 
     out: str = option("samples/jit_lab.png", "picture of all samples in a grid")
     each: str = option("", "folder for single pictures")
-    gif: str = option("", "animation of the first pictures, from noise to data in 10 frames")
+    gif: str = option("", "animation of the first pictures, from noise to data in at most 10 frames")
 
 
 @torch.no_grad()
@@ -649,14 +647,9 @@ def model_for(options):
 def sample_command(options):
     """Write what sample() draws: a grid, and with --each and --gif single pictures and the way there."""
     model, config = model_for(options)
-    frames = []
-
-    def keep(x, t):
-        # Part 6: ten frames from pure noise, t = 0, to the final picture, t = 1.
-        if options.gif and t >= len(frames) / 9 - 1e-6:
-            frames.append(common.make_grid(common.to_uint8(to_rgb(config, x[:16]))))
-
-    pictures = common.to_uint8(sample(model, config, options, keep))
+    # Part 6: ten frames from pure noise, t = 0, to the final picture, t = 1.
+    frames, watch = common.film(lambda x: common.make_grid(common.to_uint8(to_rgb(config, x[:16]))), options.gif)
+    pictures = common.to_uint8(sample(model, config, options, watch))
     common.write_samples(pictures, [f"{options.seed + i:06d}" for i in range(options.num)], options, frames)
 
 

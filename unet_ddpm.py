@@ -39,6 +39,7 @@ from torch.utils.checkpoint import checkpoint
 
 import common
 from common import (
+    Chart,
     Run,
     UserError,
     alphas_cumprod,
@@ -53,6 +54,7 @@ from common import (
     load_tensors,
     option,
     timestep_embedding,
+    zero,
 )
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -284,35 +286,38 @@ def partner(vae, header, device):
 
 
 class GroupNorm(nn.GroupNorm):
-    """torch's, whose kernel for bfloat16 in channels-last takes more than half of a forward pass on a CPU. For sampling
-    there, the same from means over cells: one scale and one shift for each channel of each picture."""
+    """torch's, followed by a scale (1 + scale) and a shift (B, C, 1, 1) where they are given: adaptive group norm
+    (Dhariwal & Nichol 2021, eq. 3). torch's kernel for bfloat16 in channels-last takes more than half of a forward pass
+    on a CPU; for sampling there, the same from means over cells: one scale and one shift for each channel of each
+    picture, in which those that are given are included."""
 
-    def forward(self, x):
+    def forward(self, x, scale=None, shift=None):
         if x.device.type != "cpu" or x.dtype != torch.bfloat16 or torch.is_grad_enabled():
-            return super().forward(x)
+            x = super().forward(x)
+            return x if scale is None else torch.addcmul(shift, x, 1 + scale)
         cells = x.flatten(2).transpose(1, 2)  # (B, N, C), as they lie in memory
         means = (part.mean(dim=1, dtype=torch.float32) for part in (cells, cells * cells))  # (B, C)
         centre, square = (part.unflatten(1, (self.num_groups, -1)).mean(dim=2, keepdim=True) for part in means)
         variance = square - centre.square()  # (B, groups, 1)
-        scale = self.weight.view(self.num_groups, -1) * (variance.clamp(min=0) + self.eps).rsqrt()
-        shift = self.bias.view(self.num_groups, -1) - centre * scale
-        scale, shift = (part.flatten(1)[..., None, None].to(x.dtype) for part in (scale, shift))
-        return torch.addcmul(shift, x, scale)
+        slope = self.weight.view(self.num_groups, -1) * (variance.clamp(min=0) + self.eps).rsqrt()
+        offset = self.bias.view(self.num_groups, -1) - centre * slope
+        slope, offset = (part.flatten(1)[..., None, None] for part in (slope, offset))  # (B, C, 1, 1)
+        if scale is not None:
+            slope, offset = slope * (1 + scale), offset * (1 + scale) + shift
+        return torch.addcmul(offset.to(x.dtype), x, slope.to(x.dtype))
 
 
 def norm(width):
     return GroupNorm(32, width)
 
 
+def silu(x):
+    """In place, for it always comes after a norm, unless a gradient will need what was there."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
 def conv(width_in, width):
     return nn.Conv2d(width_in, width, 3, padding=1)
-
-
-def zero(module):
-    """A module that says 0 until it has learned otherwise: each block then starts as its shortcut."""
-    for parameter in module.parameters():
-        nn.init.zeros_(parameter)
-    return module
 
 
 class ResBlock(nn.Module):
@@ -330,17 +335,17 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if width_in == width else nn.Conv2d(width_in, width, 1)
 
     def forward(self, x, emb):
-        h = self.in_layers[:2](x)
+        h = silu(self.in_layers[0](x))
         if self.resample:
             h, x = self.resample(h), self.resample(x)
         h = self.in_layers[2](h)
         emb = self.emb_layers(emb)[:, :, None, None]
-        if self.scale_shift:  # adaptive group norm (Dhariwal & Nichol 2021, eq. 3)
+        if self.scale_shift:
             scale, shift = emb.chunk(2, dim=1)
-            h = self.out_layers[0](h) * (1 + scale) + shift
+            h = self.out_layers[0](h, scale, shift)
         else:
             h = self.out_layers[0](h + emb)
-        return self.skip_connection(x) + self.out_layers[1:](h)
+        return self.skip_connection(x) + self.out_layers[2:](silu(h))
 
 
 class AttentionBlock(nn.Module):
@@ -584,8 +589,6 @@ def train(config):
     """Train from nothing, or go on with --resume; what is left behind is a run folder. Raises UserError."""
     device = common.pick_device(config.device)
     precision = common.pick_precision(config.precision, device)
-    if config.batch_size % config.grad_accum:
-        raise UserError(f"--grad-accum {config.grad_accum} does not divide --batch-size {config.batch_size}")
     for given, stage, flag in (
         (config.exclude_tags, "exclude", "--exclude-tags"),
         (config.start, "finetune", "--from"),
@@ -743,27 +746,27 @@ def sample(model, config, options, header, watch=None):
     shape, limit = (channels, size, size), None if options.clamp is False else header.get("range")
 
     def ask(x, t):
-        with autocast(device, precision):
-            return model(x, torch.full((len(x),), float(t), device=device))
+        return model(x, torch.full((len(x),), float(t), device=device))
 
     drawn, last = [], options.seed + options.num
-    for first in range(options.seed, last, options.batch_size):
-        seeds = range(first, min(first + options.batch_size, last))
-        x, see = common.noise_for(seeds, shape, device), watch if first == options.seed else None
-        if config.objective == "flow":
-            times = [i / options.steps for i in range(options.steps + 1)]
-            x = common.SOLVERS[options.solver](lambda x, t: ask(x, (TIMESTEPS - 1) * t), x, times, see)
-        else:
-            draws = [generator(seed, 1) for seed in seeds]
+    with autocast(device, precision):  # one context for all steps: weights that want gradients are rounded once
+        for first in range(options.seed, last, options.batch_size):
+            seeds = range(first, min(first + options.batch_size, last))
+            x, see = common.noise_for(seeds, shape, device), watch if first == options.seed else None
+            if config.objective == "flow":
+                times = [i / options.steps for i in range(options.steps + 1)]
+                x = common.SOLVERS[options.solver](lambda x, t: ask(x, (TIMESTEPS - 1) * t), x, times, see)
+            else:
+                draws = [generator(seed, 1) for seed in seeds]
 
-            def fresh(draws=draws):
-                return torch.stack([torch.randn(shape, generator=draw) for draw in draws]).to(device)
+                def fresh(draws=draws):
+                    return torch.stack([torch.randn(shape, generator=draw) for draw in draws]).to(device)
 
-            def predict(x, t, abar):
-                return predicted_noise(config, ask(x, t), x, abar)
+                def predict(x, t, abar):
+                    return predicted_noise(config, ask(x, t), x, abar)
 
-            x = ddpm_sample(predict, x, options, fresh, limit, see)
-        drawn.append(x)
+                x = ddpm_sample(predict, x, options, fresh, limit, see)
+            drawn.append(x)
     return torch.cat(drawn)
 
 
@@ -810,13 +813,8 @@ def sample_command(options):
     """Write what sample() draws: a grid, and with --each and --gif single pictures and the way there."""
     model, config, header = load_model(common.find_weights(options.weights, "unet_ddpm"), options)
     vae = partner(options.vae or config.vae, header, next(model.parameters()).device)
-    frames = []
-
-    def keep(x, part):
-        if options.gif and part >= len(frames) / 9 - 1e-6:
-            frames.append(common.make_grid(common.to_uint8(to_rgb(config, vae, x[:16]))))
-
-    pictures = common.to_uint8(to_rgb(config, vae, sample(model, config, options, header, keep)))
+    frames, watch = common.film(lambda x: common.make_grid(common.to_uint8(to_rgb(config, vae, x[:16]))), options.gif)
+    pictures = common.to_uint8(to_rgb(config, vae, sample(model, config, options, header, watch)))
     common.write_samples(pictures, [f"{options.seed + i:06d}" for i in range(options.num)], options, frames)
 
 
@@ -1099,69 +1097,10 @@ def compare_command(config):
         near = adapting[0].distance()
         curves = {run.config.objective: run.by_training(near) for run in adapting}
         title = f"Distance from {near.num} of the left-out pictures, by finetuning steps"
-        charts.append(Chart(title, curves, near.floor))
+        charts.append(Chart(title, curves, near.floor, dict(zip(LOSSES, common.COLOURS))))
     common.save_picture(poster(rows, charts), out / "compare.png")
     write_report(out, runs, distance, charts)
     print(f"open {out}/index.html")
-
-
-@dataclasses.dataclass
-class Chart:
-    """Curves, objective -> [(x, y > 0)], and how far real pictures are from each other, if that is what y measures."""
-
-    title: str
-    curves: dict
-    floor: float | None = None
-
-    def draw(self, width=640, height=320):
-        """As a PIL picture, y on a logarithmic axis."""
-        image, font = Image.new("RGB", (width, height), "white"), ImageFont.load_default(13)
-        pen, left, right, top, bottom = ImageDraw.Draw(image), 56, width - 96, 36, height - 32
-        pen.text((left, 8), self.title, "black", font)
-        points = [point for curve in self.curves.values() for point in curve]
-        if not points:
-            return image
-        xs, ys = zip(*points)
-        ys = [*ys, ys[0] if self.floor is None else self.floor]
-        low, high, last = max(min(ys), 1e-6) / 1.1, max(*ys, 1e-6) * 1.1, max(*xs, 1)
-
-        def place(x, y):
-            up = math.log(max(y, low) / low) / math.log(high / low)
-            return left + x / last * (right - left), bottom - up * (bottom - top)
-
-        pen.line([(left, top), (left, bottom), (right, bottom)], "black")
-        for y in (a * 10.0**b for b in range(-6, 7) for a in (1, 2, 5)):
-            if low <= y <= high:
-                pen.text((left - 6, place(0, y)[1]), f"{y:g}", "black", font, "rm")
-                pen.line([(left - 3, place(0, y)[1]), (left, place(0, y)[1])], "black")
-        marked = sorted(set(xs)) if len(set(xs)) < 6 else [0, last // 2, last]
-        for x in marked:
-            pen.text((place(x, low)[0], bottom + 6), f"{x:,}", "black", font, "ma")
-        if self.floor is not None:
-            across = place(0, self.floor)[1]
-            for x in range(left, right, 10):
-                pen.line([(x, across), (x + 5, across)], "grey")
-            pen.text((right + 6, across), "floor", "grey", font, "lm")
-        for i, (name, curve) in enumerate(self.curves.items()):
-            pen.line([place(x, y) for x, y in curve], COLOURS[name], 2)
-            pen.text((right + 6, top + 18 * i), name, COLOURS[name], font)
-        return image
-
-    def table(self):
-        """As an HTML table; long curves have none."""
-        xs = sorted({x for curve in self.curves.values() for x, _ in curve})
-        if len(xs) > 20:
-            return ""
-        lines = [["", *(f"{x:,}" for x in xs)]]
-        for name, curve in self.curves.items():
-            lines.append([name, *(f"{dict(curve)[x]:.1f}" if x in dict(curve) else "" for x in xs)])
-        if self.floor is not None:
-            lines.append(["real against real", f"{self.floor:.1f}"])
-        rows = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in line) + "</tr>" for line in lines)
-        return f"<h2>{html.escape(self.title)}</h2><table>{rows}</table>"
-
-
-COLOURS = {"flow": "#1f77b4", "ddpm": "#d9541e"}
 
 
 def poster(rows, charts):

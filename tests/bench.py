@@ -4,7 +4,11 @@ Run it on a quiet machine. Nothing here is a test: timings vary, ratios less so.
 """
 
 import copy
+import dataclasses
+import functools
 import gc
+import itertools
+import math
 import re
 import resource
 import statistics
@@ -23,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import dit_t2i  # noqa: E402
 import jit_lab  # noqa: E402
+import serpentine_vae  # noqa: E402
 import unet_ddpm  # noqa: E402
 
 
@@ -262,6 +267,28 @@ def bench_text_paper(device):
     print(f"258M model, 28 steps, cfg 4, and decoding: {seconds['ours']:.1f} s, {ratio:.2f} x eager fp32 in two passes")
 
 
+def bench_text_memory(device):
+    """A training step of the 258M model at batch 4, with and without its activations, counted on the CPU."""
+    for checkpointing in (False, True):
+        given = {"preset": "paper", "checkpoint_activations": checkpointing}
+        config = common.make_config(dit_t2i.Config, given, dit_t2i.PRESETS)
+        torch.manual_seed(0)
+        model = dit_t2i.build_model(config, 4, 32, 0)
+        x, text = torch.randn(4, 4, 32, 32), torch.randn(4, 77, 768)
+
+        def step(model=model, config=config, x=x, text=text):
+            with torch.autocast("cpu", torch.bfloat16):
+                cost, _ = dit_t2i.flow_loss(config, model, x, text, common.generator(0))
+            cost.mean().backward()
+            print(f"loss {cost.mean().item():.9f}", end=", ")
+
+        peak = peak_bytes(step) / 2**30
+        rest = sum(p.numel() for p in model.parameters() if p.requires_grad) * 4 / 2**30
+        print(
+            f"--checkpoint-activations {checkpointing}: {peak:.2f} GiB beside the weights, {rest:.2f} of it gradients"
+        )
+
+
 @torch.no_grad()
 def bench_text_vae(device):
     """Four pictures at 256 pixels, against diffusers on equal weights; peak memory in a process for each."""
@@ -423,8 +450,125 @@ def bench_unet_peer(device):
     print(f"32 pictures by DDIM in 20 steps: {rate:.1f} images/s, {ratio:.2f} x denoising-diffusion-pytorch's")
 
 
-NAMES = "attention demo paper sample data text_demo text_paper text_vae text_sample text_solvers"
-NAMES += " unet_demo unet_paper unet_peer"
+def serpentine_training_step(config, precision, device, compiled=False):
+    """One optimizer step of the second stage of serpentine_vae's train(), a function of its number, on latents of
+    nothing."""
+    torch.manual_seed(0)
+    model = serpentine_vae.Denoiser(config.channels, config.width, config.multipliers, config.depth).to(device)
+    if precision == "fp32":  # the plain way, as a peer would
+        model.to(memory_format=torch.contiguous_format)
+    if compiled:
+        serpentine_vae.compile_blocks(dataclasses.replace(config, compile=True), model, device)
+    ema = copy.deepcopy(model)
+    optimizer, _ = common.make_optimizer(config, model, device)
+    cells = config.image_size // serpentine_vae.STRIDE
+    latent = torch.randn(config.batch_size, config.channels, cells, cells, device=device)
+    noise, u = torch.randn_like(latent), torch.rand(config.batch_size, device=device)
+
+    def step(number):
+        with common.autocast(device, precision):
+            cost, _ = serpentine_vae.noise_loss(config, model, latent, noise, u)
+        cost.mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        common.update_ema(ema, model, number, config.ema)
+
+    return step
+
+
+def bench_serpentine_demo(device):
+    config = common.make_config(serpentine_vae.Config, {}, serpentine_vae.PRESETS)
+    compare_training("serpentine denoiser, demo preset", config, device, 7, serpentine_training_step)
+
+
+def peak_bytes(function):
+    """Most bytes of tensors that live at a time while function() runs on the CPU, as torch's profiler counts them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+def bench_serpentine_paper(device):
+    """A whole optimizer step of the paper preset at its own batch of 32."""
+    config, cpu = common.make_config(serpentine_vae.Config, {"preset": "paper"}, serpentine_vae.PRESETS), "cpu"
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        serpentine_training_step(config, common.pick_precision("auto", device), device)(1)
+        print(f"paper preset, batch 32: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB at the GPU's peak")
+    peak = peak_bytes(lambda: serpentine_training_step(config, "bf16", torch.device(cpu))(1))
+    print(f"paper preset, batch 32: {peak / 2**30:.2f} GiB of tensors at the peak, counted on the CPU")
+
+
+def bench_serpentine_block(device):
+    """A serpentine against full self-attention of the same width, forward and backward, one map."""
+    width, heads, fast, sides, memory = 128, 4, common.pick_precision("auto", device), (32, 64, 128), {}
+    torch.manual_seed(0)
+    serpentine, norm = serpentine_vae.Serpentine(width), serpentine_vae.CellNorm(width)
+    enter, leave = torch.nn.Linear(width, 3 * width), torch.nn.Linear(width, width)
+    modules = torch.nn.ModuleList([serpentine, norm, enter, leave]).to(device)
+
+    def attend(kernel, x):
+        cells = norm(x).flatten(2).transpose(1, 2)
+        q, k, v = enter(cells).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        return x + leave(kernel(q, k, v).transpose(1, 2).flatten(2)).transpose(1, 2).unflatten(2, x.shape[2:])
+
+    for side in sides:
+        x = torch.randn(1, width, side, side, device=device).to(memory_format=torch.channels_last).requires_grad_()
+
+        def both_ways(block, x=x):
+            with common.autocast(device, fast):
+                block(x).float().sum().backward()
+            modules.zero_grad()
+
+        ways = {
+            "serpentine": lambda: both_ways(serpentine),
+            "torch's attention": lambda: both_ways(functools.partial(attend, F.scaled_dot_product_attention)),
+        }
+        if side < 128:  # two matrix products, quadratic in memory
+            ways["plain attention"] = lambda: both_ways(functools.partial(attend, common.attention))
+        seconds = median_seconds(ways, 5)
+        memory[side] = {name: peak_bytes(way) for name, way in ways.items()} if device.type == "cpu" else {}
+        for name, s in seconds.items():
+            ratio, mib = s / seconds["serpentine"], memory[side].get(name, 0) / 2**20
+            print(f"{side} x {side}, {name}: {1000 * s:.1f} ms, {ratio:.2f} x the serpentine's, {mib:.1f} MiB")
+    if device.type == "cpu":
+        growth = [math.log(memory[side]["serpentine"]) for side in sides]
+        positions = torch.tensor([math.log(side**2) for side in sides])
+        slope = ((positions - positions.mean()) * torch.tensor(growth)).sum() / positions.var() / (len(sides) - 1)
+        print(f"the serpentine's memory grows as positions to the power of {slope.item():.2f}")
+
+
+def bench_serpentine_scan(device):
+    """The scan against a loop over 4,096 positions, forward alone and with the way back."""
+    a = torch.rand(1, 4096, 128, device=device, requires_grad=True)
+    b = torch.randn(1, 4096, 128, device=device, requires_grad=True)
+
+    def loop(a, b):
+        h, states = torch.zeros_like(b[:, 0]), []
+        for t in range(b.shape[1]):
+            h = a[:, t] * h + b[:, t]
+            states.append(h)
+        return torch.stack(states, dim=1)
+
+    with torch.no_grad():
+        ways = {"scan": lambda: serpentine_vae.scan(a, b), "loop": lambda: loop(a, b)}
+        forward = median_seconds(ways, 7)
+    ways = {
+        "scan": lambda: serpentine_vae.Scan.apply(a, b).sum().backward(),
+        "loop": lambda: loop(a, b).sum().backward(),
+    }
+    both = median_seconds(ways, 5)
+    print(
+        f"scan of 4,096 positions: {1000 * forward['scan']:.1f} ms, {forward['loop'] / forward['scan']:.0f} x a loop; ",
+        end="",
+    )
+    print(f"with the way back {1000 * both['scan']:.1f} ms, {both['loop'] / both['scan']:.0f} x")
+
+
+NAMES = "attention demo paper sample data text_demo text_paper text_memory text_vae text_sample text_solvers"
+NAMES += " unet_demo unet_paper unet_peer serpentine_demo serpentine_paper serpentine_block serpentine_scan"
 
 if __name__ == "__main__":
     common.keep_freed_memory()

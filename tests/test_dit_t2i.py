@@ -113,6 +113,16 @@ def test_every_place_and_every_word_order_matters():
     assert (out - model(z, t + 0.2, text)).abs().max() > 1e-2
 
 
+@torch.no_grad()
+def test_word_order_matters_to_a_joint_model_too():
+    z, t, text = inputs()
+    states = awake(arch="joint")
+    assert torch.allclose(states(z, t, text), states(z, t, text.flip(1)), atol=1e-4)  # it must come with the states
+    words = awake(arch="joint", vocabulary=5)
+    one, other = (words(z, t, torch.tensor([order, order])) for order in ([1, 2, 3], [3, 2, 1]))
+    assert (one - other).abs().max() > 1e-2
+
+
 def test_attention_is_joint():
     """Pixels see words, and (through the next layer) words see pixels: a one-layer model has only the first."""
     z, t, text = inputs()
@@ -158,6 +168,153 @@ def test_patches_of_a_model_with_its_own_words_know_their_place():
     assert torch.cdist(patches, patches)[~torch.eye(16, dtype=torch.bool)].min() > 1e-3
     whole, part = (common.sincos_2d(*dit_t2i.centred(side, side), 32) for side in (16, 8))
     assert torch.equal(whole.view(16, 16, 32)[4:12, 4:12].flatten(0, 1), part)
+
+
+def naive_joint(model, z, t, text):
+    """The joint architecture as its write-up has it, token by token and head by head, with plain softmax attention."""
+    w = model.state_dict()
+
+    def linear(name, x):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def silu(x):
+        return x / (1 + (-x).exp())
+
+    def layer_norm(x):
+        return (x - x.mean()) / (x.var(unbiased=False) + 1e-6).sqrt()
+
+    def rms_norm(x, weight):
+        return x / (x.square().mean() + 1e-6).sqrt() * weight
+
+    out = torch.zeros_like(z)
+    for b in range(len(z)):
+        angles = (1000 * t[b]).float() * torch.tensor([10_000 ** (-i / 128) for i in range(128)])
+        sinusoid = torch.cat((angles.cos(), angles.sin())).to(z)
+        time = linear("step_embed.mlp.2", silu(linear("step_embed.mlp.0", sinusoid)))
+        caption = torch.stack([rms_norm(c, w["text_norm.weight"]) for c in text[b]])
+        condition = silu(time + linear("caption_embed", sum(caption) / len(caption)))
+        streams = {"txt": [linear("text_proj", c) for c in caption], "vis": []}
+        for i in range(4):
+            for j in range(4):
+                patch = z[b, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
+                embedded = (w["patch_embed.weight"] * patch).sum(dim=(1, 2, 3)) + w["patch_embed.bias"]
+                streams["vis"].append(embedded + w["positions"][0, :, i, j])
+        for n, last in ((0, False), (1, True)):
+            here, heads = f"layers.{n}.", {}
+            parts = {name: linear(f"{here}{name}_mod.1", condition).chunk(6) for name in streams}
+            for name, tokens in streams.items():
+                shift, scale, *_ = parts[name]
+                for token in tokens:
+                    x = layer_norm(token) * (1 + scale) + shift
+                    for letter in "qkv":
+                        y = linear(f"{here}attn.{name}_{letter}_proj", x).view(2, 8)
+                        if letter != "v":
+                            y = torch.stack(
+                                [rms_norm(head, w[f"{here}attn.{name}_{letter}_norm.weight"]) for head in y]
+                            )
+                        heads.setdefault(letter, []).append(y)
+            q, k, v = (torch.stack(heads[letter]) for letter in "qkv")  # (T + N, h, 8), text first
+            gathered = []
+            for query in q:
+                mixed = []
+                for h in range(2):
+                    attended = ((k[:, h] @ query[h]) / 8**0.5).softmax(dim=0)
+                    mixed.append(attended @ v[:, h])
+                gathered.append(torch.cat(mixed))
+            gathered = {"txt": gathered[: len(caption)], "vis": gathered[len(caption) :]}
+            for name in ["vis"] if last else ["txt", "vis"]:
+                _, _, gate1, shift2, scale2, gate2 = parts[name]
+                for i, token in enumerate(streams[name]):
+                    token = token + gate1 * linear(f"{here}attn.{name}_o_proj", gathered[name][i])
+                    x = layer_norm(token) * (1 + scale2) + shift2
+                    value, gate = linear(f"{here}{name}_ff.enter", x).chunk(2)
+                    streams[name][i] = token + gate2 * linear(f"{here}{name}_ff.leave", value * silu(gate))
+        shift, scale = linear("output_norm.linear.1", condition).chunk(2)
+        for n, token in enumerate(streams["vis"]):
+            i, j = divmod(n, 4)
+            patch = linear("output_proj", layer_norm(token) * (1 + scale) + shift).view(2, 2, 3)
+            out[b, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2] = patch.permute(2, 0, 1)
+    return out
+
+
+@torch.no_grad()
+def test_joint_forward_equals_a_naive_one():
+    model = awake(arch="joint").double()
+    z, t, text = (x.double() for x in inputs())
+    for p in model.parameters():
+        p.mul_(0.5)
+    expected = naive_joint(model, z, t, text)
+    assert expected.std() > 0.01
+    assert (model(z, t, text) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_a_fresh_joint_model_says_zero_and_only_the_last_layers_text_is_dead():
+    torch.manual_seed(0)
+    assert (DiT(**SIZES, arch="joint")(*inputs()) == 0).all()
+    model = awake(arch="joint").train()
+    model(*inputs()).square().sum().backward()
+    for name, p in model.named_parameters():
+        dead = name.startswith(("layers.1.txt_ff", "layers.1.attn.txt_q", "layers.1.attn.txt_o"))
+        assert (p.grad is None) == dead, name
+        assert dead or p.grad.abs().max() > 0, name
+
+
+@torch.no_grad()
+def test_learned_positions_are_stretched_for_another_size():
+    model, text = awake(arch="joint"), inputs()[2]
+    seen = []
+    model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+    for side in (8, 16):
+        model(torch.zeros(2, 3, side, side), torch.ones(2), text)
+    places = [
+        x[0].T.unflatten(1, (side, side)) - model.patch_embed.bias[:, None, None] for x, side in zip(seen, (4, 8))
+    ]
+    assert torch.allclose(places[0], model.positions[0], atol=1e-5)
+    stretched = torch.nn.functional.interpolate(model.positions, (8, 8), mode="bicubic")
+    assert torch.allclose(places[1], stretched[0], atol=1e-5)
+
+
+@torch.no_grad()
+def test_joint_words_join_the_time_as_their_mean():
+    model = awake(arch="joint", vocabulary=5)
+    z, t, _ = inputs()
+    for layer in model.layers:  # nothing comes through attention any more
+        layer.attn.vis_o_proj.weight.zero_()
+        layer.attn.vis_o_proj.bias.zero_()
+
+    def say(*words):
+        return model(z, t, torch.tensor([words, words]))
+
+    assert (say(1, 0) - say(2, 0)).abs().max() > 1e-2
+    assert torch.allclose(say(1, 2), say(2, 1, 0), atol=1e-5)  # a mean has no order
+    assert torch.allclose(say(3), say(3, 3, 0), atol=1e-5)
+    assert (say(1, 2) - say(1)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("arch", ["dual", "joint"])
+def test_checkpointing_activations_keeps_less_and_changes_no_bit(arch):
+    kept, losses, gradients = [], [], []
+    for checkpointing in (False, True):
+        sizes = []
+        model, (z, t, text) = awake(arch=arch, depth=8).train(), inputs()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(0.3)
+        model.checkpointing = checkpointing
+
+        def pack(tensor, sizes=sizes):
+            sizes.append(tensor.numel() if tensor.requires_grad else 0)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(z, t, text).square().mean()
+        loss.backward()
+        kept.append(sum(sizes))
+        losses.append(loss.item())
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert losses[0] == losses[1]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert kept[1] < 0.2 * kept[0]
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -306,6 +463,13 @@ def test_training_times_follow_their_law():
     assert abs(torch.logit(t).mean() + 0.8) < 0.02
     _, t = dit_t2i.flow_loss(Config(time_min=0.4), zero, torch.zeros(500, 1, 1, 1), None, common.generator(0))
     assert t.min() == pytest.approx(0.4) and t.max() > 0.6
+    for changes in (dict(arch="joint"), dict(time_law="uniform"), dict(arch="joint", time_min=0.0)):
+        config = Config(**changes)
+        _, t = dit_t2i.flow_loss(config, zero, torch.zeros(20_000, 1, 1, 1), None, common.generator(0))
+        assert (t.sort()[0] - torch.linspace(config.time_min, 1, 20_000)).abs().max() < 0.015  # Kolmogorov's test
+    config = Config(arch="joint", time_law="normal", time_mean=3.0)
+    _, t = dit_t2i.flow_loss(config, zero, torch.zeros(2000, 1, 1, 1), None, common.generator(0))
+    assert t.mean() > 0.8
 
 
 def test_guidance_one_is_conditional_zero_is_not_and_more_leads_further():
@@ -521,6 +685,21 @@ def test_captions_come_from_metadata_and_side_cars(captioned):
     (captioned / "metadata.jsonl").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="not UTF-8"):
         common.read_metadata([], captioned)
+
+
+@pytest.mark.parametrize("arch", ["dual", "joint"])
+def test_a_run_of_either_architecture_resumes_and_draws_at_any_size(arch, train, tmp_path, monkeypatch):
+    options = dict(arch=arch, decay="none", warmup=0.0, time_fall=0.0, checkpoint_activations=True)
+    train(tmp_path / "whole", steps=4, **options)
+    train(tmp_path / "halves", steps=2, **options)
+    train(tmp_path / "halves", steps=4, resume=True, **options)
+    one, other = (load_file(tmp_path / name / "state.safetensors") for name in ("whole", "halves"))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert ("model.positions" in one) == (arch == "joint")
+    assert dit_t2i.build_model(Config(**TINY, arch=arch, checkpoint_activations=True), 3, 8, 5).checkpointing
+    words = ["sample", "red square", "--weights", str(tmp_path / "whole" / "model.safetensors"), "--steps", "2"]
+    assert dit_t2i.main([*words, "--num", "2", "--size", "16", "--out", str(tmp_path / "s.png")]) == 0
+    assert Image.open(tmp_path / "s.png").size == (32, 16)
 
 
 def test_resumed_run_ends_with_the_same_bits(train, tmp_path):

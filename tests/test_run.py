@@ -146,6 +146,17 @@ def test_training_learns(train, tmp_path):
     assert losses[-1] < 0.5 * losses[0]
 
 
+def test_an_option_that_is_younger_than_the_run_was_at_its_default(train, tmp_path):
+    train(tmp_path / "run", steps=2)
+    tensors, header = common.load_tensors(tmp_path / "run" / "state.safetensors")
+    del header["config"]["grad_clip"]
+    common.save_tensors(tmp_path / "run" / "state.safetensors", tensors, header)
+    with pytest.raises(UserError, match=r"--grad-clip 1.0 \(not 2.0\)"):
+        train(tmp_path / "run", steps=4, resume=True, grad_clip=2.0)
+    train(tmp_path / "run", steps=4, resume=True)
+    assert common.load_tensors(tmp_path / "run" / "state.safetensors")[1]["step"] == 4
+
+
 def test_what_cannot_go_on_is_refused(train, tmp_path, monkeypatch):
     train(tmp_path / "run", steps=4)
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*.safetensors")}

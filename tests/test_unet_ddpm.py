@@ -96,6 +96,20 @@ def test_group_norm_in_bfloat16_is_torchs_rounded(memory_format):
     exact = torch.nn.functional.group_norm(x.float(), 32, norm.weight, norm.bias)
     rounding = (exact.bfloat16().float() - exact).square().mean().sqrt()
     assert (norm(x).float() - exact).square().mean().sqrt() < 3 * rounding
+    scale, shift = torch.randn(2, 4, 64, 1, 1).bfloat16()
+    exact = exact * (1 + scale.float()) + shift.float()
+    rounding = (exact.bfloat16().float() - exact).square().mean().sqrt()
+    assert (norm(x, scale, shift).float() - exact).square().mean().sqrt() < 3 * rounding
+    in_float32 = norm(x.float(), scale.float(), shift.float())
+    assert torch.allclose(in_float32, exact, atol=1e-4)
+
+
+def test_what_is_done_in_place_for_sampling_changes_nothing():
+    model, x, t = awake(), torch.randn(2, 3, 8, 8), torch.tensor([3.0, 700.0])
+    before, out = x.clone(), model(x, t)
+    with torch.no_grad():
+        assert torch.equal(model(x, t), out)
+    assert torch.equal(x, before)
 
 
 def test_checkpointing_computes_twice_and_changes_no_gradient(monkeypatch):

@@ -73,21 +73,14 @@ def training_step(config, precision, device, compiled=False):
     return step
 
 
-def text_training_step(config, precision, device, compiled=False):
-    """One optimizer step of dit_t2i's train(), a function of its number, on pictures and captions of nothing."""
-    torch.manual_seed(0)
-    model = dit_t2i.build_model(config, 3, config.image_size, 800).to(device)
-    if compiled:
-        for layer in model.layers:
-            layer.compile(dynamic=False)
+def whole_step(config, precision, device, model, loss):
+    """A function of its number that makes one optimizer step from loss() -> (costs (B,), times)."""
     ema = copy.deepcopy(model)
     optimizer, _ = common.make_optimizer(config, model, device)
-    x = torch.rand(config.batch_size, 3, config.image_size, config.image_size, device=device)
-    text = torch.randint(0, 800, (config.batch_size, 6), device=device)
 
     def step(number):
         with common.autocast(device, precision):
-            cost, _ = dit_t2i.flow_loss(config, model, x, text, common.generator(0, device=device))
+            cost, _ = loss()
         cost.mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -95,6 +88,22 @@ def text_training_step(config, precision, device, compiled=False):
         common.update_ema(ema, model, number, config.ema)
 
     return step
+
+
+def text_training_step(config, precision, device, compiled=False):
+    """One optimizer step of dit_t2i's train(), a function of its number, on pictures and captions of nothing."""
+    torch.manual_seed(0)
+    model = dit_t2i.build_model(config, 3, config.image_size, 800).to(device)
+    if compiled:
+        for layer in model.layers:
+            layer.compile(dynamic=False)
+    x = torch.rand(config.batch_size, 3, config.image_size, config.image_size, device=device)
+    text = torch.randint(0, 800, (config.batch_size, 6), device=device)
+
+    def loss():
+        return dit_t2i.flow_loss(config, model, x, text, common.generator(0, device=device))
+
+    return whole_step(config, precision, device, model, loss)
 
 
 def unet_training_step(config, precision, device, compiled=False, channels=12, size=20):
@@ -105,21 +114,10 @@ def unet_training_step(config, precision, device, compiled=False, channels=12, s
         model.to(memory_format=torch.contiguous_format)
     if compiled:
         unet_ddpm.compile_stages(model)
-    ema = copy.deepcopy(model)
-    optimizer, _ = common.make_optimizer(config, model, device)
     x = torch.randn(config.batch_size, channels, size, size, device=device)
     noise, u = torch.randn_like(x), torch.rand(config.batch_size, device=device)
 
-    def step(number):
-        with common.autocast(device, precision):
-            cost, _ = unet_ddpm.flow_loss(config, model, x, noise, u)
-        cost.mean().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        common.update_ema(ema, model, number, config.ema)
-
-    return step
+    return whole_step(config, precision, device, model, lambda: unet_ddpm.flow_loss(config, model, x, noise, u))
 
 
 def compare_training(title, config, device, rounds, training_step=training_step):
@@ -459,22 +457,14 @@ def serpentine_training_step(config, precision, device, compiled=False):
         model.to(memory_format=torch.contiguous_format)
     if compiled:
         serpentine_vae.compile_blocks(dataclasses.replace(config, compile=True), model, device)
-    ema = copy.deepcopy(model)
-    optimizer, _ = common.make_optimizer(config, model, device)
     cells = config.image_size // serpentine_vae.STRIDE
     latent = torch.randn(config.batch_size, config.channels, cells, cells, device=device)
     noise, u = torch.randn_like(latent), torch.rand(config.batch_size, device=device)
 
-    def step(number):
-        with common.autocast(device, precision):
-            cost, _ = serpentine_vae.noise_loss(config, model, latent, noise, u)
-        cost.mean().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        common.update_ema(ema, model, number, config.ema)
+    def loss():
+        return serpentine_vae.noise_loss(config, model, latent, noise, u)
 
-    return step
+    return whole_step(config, precision, device, model, loss)
 
 
 def bench_serpentine_demo(device):

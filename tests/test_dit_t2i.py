@@ -30,6 +30,16 @@ def awake(seed=0, **changes):
     return model.eval()
 
 
+@torch.no_grad()
+def without_attention(**changes):
+    """awake() with five words of its own, in which nothing comes through attention."""
+    model = awake(vocabulary=5, **changes)
+    for layer in model.layers:
+        layer.attn.vis_o_proj.weight.zero_()
+        layer.attn.vis_o_proj.bias.zero_()
+    return model
+
+
 def inputs(batch=2, size=8, words=5):
     return torch.randn(batch, 3, size, size), torch.rand(batch), torch.randn(batch, words, 12)
 
@@ -138,11 +148,7 @@ def test_attention_is_joint():
 
 @torch.no_grad()
 def test_words_of_its_own_table_also_join_the_time_as_their_sum():
-    model = awake(vocabulary=5)
-    z, t, _ = inputs()
-    for layer in model.layers:  # nothing comes through attention any more
-        layer.attn.vis_o_proj.weight.zero_()
-        layer.attn.vis_o_proj.bias.zero_()
+    model, (z, t, _) = without_attention(), inputs()
 
     def say(*words):
         return model(z, t, torch.tensor([words, words]))
@@ -159,10 +165,7 @@ def test_words_of_its_own_table_also_join_the_time_as_their_sum():
 
 @torch.no_grad()
 def test_patches_of_a_model_with_its_own_words_know_their_place():
-    model = awake(vocabulary=5)
-    for layer in model.layers:  # nothing comes through attention any more
-        layer.attn.vis_o_proj.weight.zero_()
-        layer.attn.vis_o_proj.bias.zero_()
+    model = without_attention()
     out = model(torch.ones(1, 3, 8, 8), torch.tensor([0.5]), torch.tensor([[1]]))
     patches = out.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).reshape(16, -1)
     assert torch.cdist(patches, patches)[~torch.eye(16, dtype=torch.bool)].min() > 1e-3
@@ -276,11 +279,7 @@ def test_learned_positions_are_stretched_for_another_size():
 
 @torch.no_grad()
 def test_joint_words_join_the_time_as_their_mean():
-    model = awake(arch="joint", vocabulary=5)
-    z, t, _ = inputs()
-    for layer in model.layers:  # nothing comes through attention any more
-        layer.attn.vis_o_proj.weight.zero_()
-        layer.attn.vis_o_proj.bias.zero_()
+    model, (z, t, _) = without_attention(arch="joint"), inputs()
 
     def say(*words):
         return model(z, t, torch.tensor([words, words]))

@@ -23,6 +23,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -36,11 +37,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -282,13 +286,12 @@ class TrainConfig:
     precision: str = option("auto", "of the matrix products", choices=("auto", "fp32", "bf16", "fp16"))
     compile: bool | None = option(None, "fuse the blocks with torch.compile (default: where it pays within the budget)")
     checkpoint_every: int = option(500, "steps between checkpoints", low=1)
+    fsdp: bool = option(False, "under torchrun: shard weights, gradients, moments and averages over the processes")
     resume: bool = option(False, "go on from the last checkpoint in --out, exactly")
 
 
 def check_config(config):
     """Raise UserError for a value out of its range, naming the option."""
-    if isinstance(config, TrainConfig) and config.grad_accum > 0 and config.batch_size % config.grad_accum:
-        raise UserError(f"--grad-accum {config.grad_accum} does not divide --batch-size {config.batch_size}")
     for field in dataclasses.fields(config):
         value, limits = getattr(config, field.name), field.metadata
         values = value if isinstance(value, tuple | list) else (value,)
@@ -364,19 +367,37 @@ def run_command_line(doc, verbs, argv=None):
             parser.print_help()
             return 0
         function, config_class, presets, _ = verbs[verb]
-        return function(make_config(config_class, given, presets)) or 0
+        if "TORCHELASTIC_RUN_ID" in os.environ and not issubclass(config_class, TrainConfig):
+            raise UserError(f"{verb} runs in one process; start it with python instead of torchrun")
+        code = function(make_config(config_class, given, presets)) or 0
     except (UserError, OSError) as problem:  # an OSError that nobody foresaw, such as a disk that fills up meanwhile
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
+        code = fail(problem, problem)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as problem:
-        # On a CPU torch says so in a plain RuntimeError.
-        if type(problem) is RuntimeError and "can't allocate memory" not in str(problem):
+        # On a CPU torch has plain RuntimeErrors for either.
+        first = str(problem).strip().split("\n")[0][:200]
+        if type(problem) in (torch.OutOfMemoryError, MemoryError) or "can't allocate memory" in str(problem):
+            code = fail(problem, "out of memory; lower --batch-size or the pictures' size, or raise --grad-accum")
+        elif "RANK" in os.environ and (isinstance(problem, dist.DistError) or re.search("gloo|onnect", first)):
+            code = fail(problem, f"lost the other processes ({first}); if one of them ended, it has said why")
+        else:
             raise
-        print("error: out of memory; lower --batch-size or the pictures' size, or raise --grad-accum", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-        return 130
+        code = 130
+    if dist.is_initialized():  # gloo's threads now and then abort an orderly end
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def fail(problem, line):
+    """Say why the program ends, to the user and, under torchrun, to it for its report. Returns the exit code."""
+    get_error_handler().record_exception(problem)
+    # Before the processes have met, those of a host have the same to say, and its first one says it.
+    if dist.is_initialized() or "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["LOCAL_RANK"] == "0":
+        print(f"error in process {rank()}: {line}" if rank() else f"error: {line}", file=sys.stderr)
+    return 2
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -436,6 +457,218 @@ def noise_for(seeds, shape, device):
     return torch.stack([torch.randn(shape, generator=generator(seed)) for seed in seeds]).to(device)
 
 
+class Draw:
+    """Random numbers for a whole batch, of which one pass of one process keeps its own rows: what a picture meets
+    depends on its place in the batch alone, whatever --grad-accum and the number of processes.
+
+    count: pictures in the batch; rows: a slice of them, else all; key and device as in generator().
+    """
+
+    def __init__(self, count, *key, rows=slice(None), device="cpu"):
+        self.count, self.rows, self.generator = count, rows, generator(*key, device=device)
+
+    def randn(self, *shape):
+        """(rows, *shape) standard normal."""
+        return self.own(torch.randn, self.count, *shape)
+
+    def rand(self, *shape):
+        """(rows, *shape) uniform in [0, 1)."""
+        return self.own(torch.rand, self.count, *shape)
+
+    def randint(self, high):
+        """(rows,) whole numbers below `high`."""
+        return self.own(torch.randint, high, (self.count,))
+
+    def own(self, law, *shape):
+        return law(*shape, generator=self.generator, device=self.generator.device)[self.rows]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Many processes. `torchrun --nproc-per-node N FILE.py train` starts N copies of the program. Each goes through the
+# same steps with its rows of every batch; torch exchanges the gradients; the first one alone prints and writes. What
+# exchanges something (spread, gather, largest, whole, and with them a Run's due, save and farewell) must be called by
+# all, so nothing that processes may see differently, such as a clock or a Ctrl-C, may decide whether it is.
+
+
+def rank():
+    """This process's number, 0 to world() - 1."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def set_up(config):
+    """(device, precision) that this process trains with; under torchrun, meet the others first. Raises UserError."""
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if config.fsdp and not launched:
+        raise UserError("--fsdp shards over processes; start them with torchrun --nproc-per-node N FILE.py train ...")
+    passes = config.grad_accum * (int(os.environ["WORLD_SIZE"]) if launched else 1)
+    if config.batch_size % passes:
+        raise UserError(f"a batch of {config.batch_size} is no multiple of {passes}, --grad-accum times processes")
+    device = pick_device(config.device)
+    if launched:
+        device = place_of_process(device)
+    precision = pick_precision(config.precision, device)
+    if config.fsdp and precision == "fp16":
+        raise UserError("--fsdp does not go with fp16, whose scaler knows no shards; take --precision bf16 or fp32")
+    if launched and not dist.is_initialized():
+        meet(device)
+    return device, precision
+
+
+def place_of_process(device):
+    """The device of this process among those of its host. Raises UserError."""
+    if device.type == "mps":
+        raise UserError("several processes cannot share this GPU; add --device cpu")
+    if device.type != "cuda":
+        return device
+    if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+        raise UserError(f"torchrun --nproc-per-node: there are {torch.cuda.device_count()} GPUs; or add --device cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    return device
+
+
+def meet(device):
+    """Join the other processes. Gradients of GPUs go by nccl; words between processes (the clock, Ctrl-C, what to log)
+    by gloo, so that they wait for no GPU."""
+    where, notes = {}, job_notes()
+    if notes is not None and os.environ["GROUP_WORLD_SIZE"] == "1":
+        # The addresses of an earlier attempt still stand there; no process must look for another at one of them.
+        where = {"store": dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", notes)}
+        where |= {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **where)
+    if rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """The others wait, and find what the first one made."""
+    if rank():
+        dist.barrier()
+    yield
+    if world() > 1 and rank() == 0:
+        dist.barrier()
+
+
+def largest(*numbers):
+    """Each number's largest value among the processes."""
+    if world() == 1:
+        return numbers
+    numbers = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return numbers.tolist()
+
+
+def gather(rows):
+    """(n, ...) of each process -> (world() n, ...) on the CPU, the same for all."""
+    rows = rows.cpu().contiguous()
+    if world() == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(world())]
+    dist.all_gather(parts, rows)
+    return torch.cat(parts)
+
+
+def gather_all(thing):
+    """A thing of each process, in a list that all have."""
+    things = [thing] * world()
+    if world() > 1:
+        dist.all_gather_object(things, thing)
+    return things
+
+
+def spread(config, model, ema, device, blocks):
+    """Bring model and ema to the device; returns the model as it is trained, in whose place `model` stays for all else.
+    That is itself; under torchrun DistributedDataParallel, which averages the gradients over the processes; with --fsdp
+    itself again, it and ema in shards, as many of each weight as there are processes.
+
+    blocks(net): the modules whose weights are put together and let go of one after the other.
+    """
+    if not (dist.is_initialized() and config.fsdp):
+        model.to(device)
+        ema.to(device)
+    if not dist.is_initialized():
+        return model
+    torch._dynamo.config.optimize_ddp = False  # which would cut compiled blocks to pieces, to no gain here
+    if not config.fsdp:
+        devices = [device] if device.type == "cuda" else None
+        return DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(device.type, (world(),))
+    for net in (model, ema):
+        net.to(memory_format=torch.contiguous_format)  # shards cannot be cut from channels-last weights
+        for module in blocks(net):
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    fully_shard(ema, mesh=mesh, reshard_after_forward=True)  # so that update_ema always finds shards
+    # Ways into a VAE beside forward(), for which the shards must be put together, too.
+    for name in ("encode", "decode"):
+        if hasattr(ema, name):
+            register_fsdp_forward_method(ema, name)
+    return model
+
+
+def passes(config, model):
+    """The passes of one optimizer step, each as the rows of the batch that it takes in this process. Gradients are
+    exchanged in the last one only."""
+    count = config.grad_accum * world()
+    for part in range(config.grad_accum):
+        last = part == config.grad_accum - 1
+        if hasattr(model, "set_requires_gradient_sync"):  # sharded
+            model.set_requires_gradient_sync(last)
+        quiet = isinstance(model, DistributedDataParallel) and not last
+        with model.no_sync() if quiet else contextlib.nullcontext():
+            yield slice(part * world() + rank(), None, count)
+
+
+def in_shards(tensor):
+    """Is it a DTensor? Asked in this way because to import that class takes half a second, which whoever has but one
+    process, or wants a picture, should not wait for."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensors):
+    """name -> tensor, put together from its shards, on the CPU. The first process has the result; the others, which
+    gave their shards, have nothing."""
+    result = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.full_tensor() if in_shards(tensor) else tensor
+        if rank() == 0:
+            result[name] = tensor.detach().cpu().contiguous()
+    return result
+
+
+def laid_like(tensor, other):
+    """A whole tensor, in shards if `other` is."""
+    if not in_shards(other):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    # Each process has read the file and cuts out what is its own.
+    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
+
+
+def own_part(tensor):
+    """What of a tensor lies in this process."""
+    return tensor.to_local() if in_shards(tensor) else tensor
+
+
+def job_notes():
+    """What torchrun remembers for as long as the job lasts, over all its restarts: a store of keys, or None."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(host, port, is_master=False, timeout=dist.default_pg_timeout)
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Optimisation
 
@@ -466,16 +699,17 @@ def make_optimizer(config, model, device):
 def optimizer_step(config, run, model, ema, optimizer, scaler, costs, times):
     """One step from the gradients that have been gathered: clip, check, step, average.
 
-    costs (B,): what each picture cost; times (B,) in [0, 1]. Raises UserError on a loss or gradient that is not finite,
-    with weights and checkpoint as they were.
+    costs (B,): what each picture of this process cost; times (B,) in [0, 1]. Raises UserError on a loss or a gradient
+    that is not finite, with weights and checkpoint as they were.
     """
     lr = config.lr * lr_factor(run.progress, run.step, config.warmup, config.decay)
     for group in optimizer.param_groups:
         group["lr"] = group["lr"].fill_(lr) if torch.is_tensor(group["lr"]) else lr  # torchao keeps it in a tensor
     scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.grad_clip)
+    grad_norm = grad_norm.full_tensor() if in_shards(grad_norm) else grad_norm
     # A GradScaler skips steps that overflow; without one they must not be made.
-    run.record(costs, times, grad_norm, lr, scaler.is_enabled() or bool(grad_norm.isfinite()))
+    run.record(gather(costs), gather(times), grad_norm, lr, scaler.is_enabled() or bool(grad_norm.isfinite()))
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
@@ -490,7 +724,8 @@ def update_ema(ema, model, step, longest):
     stride = 1 if step <= 100 else 4
     if step % stride == 0:
         decay = min(longest, (1 + step) / (10 + step)) ** stride
-        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+        averages, weights = ([own_part(p) for p in net.parameters()] for net in (ema, model))
+        torch._foreach_lerp_(averages, weights, 1 - decay)
 
 
 def worth_compiling(config, device):
@@ -515,7 +750,10 @@ def worth_compiling(config, device):
 
 
 def save_atomically(path, write):
-    """write(temporary path), flush to disk, rename to `path`: at any moment either the old or the new file is whole."""
+    """write(temporary path), flush to disk, rename to `path`: at any moment either the old or the new file is whole. Of
+    several processes the first writes."""
+    if rank():
+        return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.part")
     try:
@@ -531,8 +769,8 @@ def save_atomically(path, write):
 
 
 def save_tensors(path, tensors, header):
-    """Safetensors file with `header`, any JSON value, under the metadata key "config"."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    """Safetensors file with `header`, any JSON value, under the metadata key "config". All processes must call it."""
+    tensors = whole(tensors)
     save_atomically(path, lambda part: save_file(tensors, part, metadata={"config": json.dumps(header)}))
 
 
@@ -600,7 +838,7 @@ def load_into(model, weights, path):
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"{path} does not fit this model: {'; '.join(problems[:3])}{more}")
-    model.load_state_dict(weights)
+    model.load_state_dict({name: laid_like(tensor, own[name]) for name, tensor in weights.items()})
 
 
 def pack_state(model, ema, optimizer, scaler):
@@ -639,7 +877,8 @@ def unpack_state(tensors, path, model, ema, optimizer, scaler):
             continue
         if tensor.shape == parameters[int(index)].shape:
             # The fused optimizer walks through memory, so that moments must lie as their weights do (channels-last).
-            tensor = torch.empty_like(parameters[int(index)], dtype=tensor.dtype).copy_(tensor)
+            like = parameters[int(index)]
+            tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(laid_like(tensor, like))
         slots.setdefault(int(index), {})[slot] = tensor
     optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
     if parts["scaler"]:  # a run without fp16 has none
@@ -1138,27 +1377,28 @@ def draw_set(draw, count, size):
 
     probes = range(0, count, max(1, count // 64))
     probe = collect(draw(seed, size) for seed in probes)
-    if cache.exists():
-        with contextlib.suppress(UserError, KeyError, TypeError, IndexError):
-            tensors, words = load_tensors(cache)
-            kept = DrawnSet(tensors["pictures"], words["captions"], words["tags"])
-            same = torch.equal(kept.pictures[list(probes)], probe.pictures)
-            if same and [kept.captions[i] for i in probes] == probe.captions:
-                return kept
-    # Pillow's drawing holds Python's lock, so this takes processes; forking spares each its own import of torch.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to hear
-    with concurrent.futures.ProcessPoolExecutor(None, context, signal.signal, ignore) as pool:
-        drawn = pool.map(draw, range(count), itertools.repeat(size), chunksize=100)
-        made = collect(tqdm(drawn, "drawing", count, unit=" pictures", leave=False))
-    with contextlib.suppress(UserError):  # no place to keep them: they are drawn again the next time
-        save_tensors(cache, {"pictures": made.pictures}, {"captions": made.captions, "tags": made.tags})
-    return made
+    with first_process_first():
+        if cache.exists():
+            with contextlib.suppress(UserError, KeyError, TypeError, IndexError):
+                tensors, words = load_tensors(cache)
+                kept = DrawnSet(tensors["pictures"], words["captions"], words["tags"])
+                same = torch.equal(kept.pictures[list(probes)], probe.pictures)
+                if same and [kept.captions[i] for i in probes] == probe.captions:
+                    return kept
+        # Pillow's drawing holds Python's lock, so this takes processes; forking spares each its own import of torch.
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to hear
+        with concurrent.futures.ProcessPoolExecutor(None, context, signal.signal, ignore) as pool:
+            drawn = pool.map(draw, range(count), itertools.repeat(size), chunksize=100)
+            made = collect(tqdm(drawn, "drawing", count, unit=" pictures", leave=False))
+        with contextlib.suppress(UserError):  # no place to keep them: they are drawn again the next time
+            save_tensors(cache, {"pictures": made.pictures}, {"captions": made.captions, "tags": made.tags})
+        return made
 
 
 def mirror_some(x, part, draw):
-    """Turn about `part` of the pictures, or latents, left to right."""
-    turned = torch.rand(len(x), generator=draw) < part
+    """Turn about `part` of the pictures, or latents, left to right; draw: a Draw of so many rows."""
+    turned = draw.rand() < part
     return torch.where(turned.view(-1, 1, 1, 1), x.flip(-1), x)
 
 
@@ -1429,7 +1669,8 @@ class Chart:
 
 # May differ between a run and its resumption: how long, where, and how often to save. All else would change the run.
 MAY_CHANGE = {"out", "minutes", "steps", "epochs", "vae", "clip", "device", "compile", "checkpoint_every", "resume"}
-MAY_CHANGE |= {"vae_minutes", "vae_steps", "checkpointing", "checkpoint_activations"}
+MAY_CHANGE |= {"vae_minutes", "vae_steps", "checkpointing", "checkpoint_activations", "grad_accum", "fsdp", "cache_gb"}
+MAY_CHANGE |= {"stream", "threads", "per_host", "timeout", "retries", "max_mb", "schemes", "private_hosts"}
 PROGRESS_BAR = "{percentage:3.0f}% {bar} {elapsed} passed, {remaining} left{postfix}"
 NOISE_BINS = 8
 LOG_COLUMNS = ["step", "seconds", "images", "loss", "lr", "grad_norm", "images_per_second"]
@@ -1450,23 +1691,37 @@ class Run:
         self.config, self.system = config, system
         self.folder = Path(config.out or f"runs/{system}")
         self.step, self.images, self.seconds_before, self.best = 0, 0, 0.0, math.inf
-        self.done, self.interrupted = False, False
+        self.done, self.interrupted, self.asked_to_stop = False, False, False
         self.header = {}  # what the checkpoints' headers say beside system, step and config
         self.window = []  # (costs, times, loss, gradient norm, lr) of each step since the last line of the log
         check_config(config)
         if not config.minutes and not config.steps:
             raise UserError("a run needs an end: give --minutes or --steps")
-        if config.resume:
-            if not self.state_path.exists():
+        resume = self.open_folder() if rank() == 0 else False
+        self.resume = bool(largest(resume)[0])
+
+    def open_folder(self):
+        """Make the folder, or check it; returns whether the run goes on from a checkpoint. Raises UserError."""
+        begun, notes, key = self.state_path.exists(), job_notes(), f"began {self.folder}"
+        if notes is not None and notes.check([key]):
+            # A folder that this very job made: torchrun has started the processes anew after one died.
+            if not begun:
+                (self.folder / "log.csv").unlink(missing_ok=True)
+            return begun
+        if self.config.resume:
+            if not begun:
                 raise UserError(f"nothing to resume in {self.folder}: no checkpoint; start a run without --resume")
         elif self.folder.exists() and any(self.folder.iterdir()):
-            if not self.state_path.exists():
+            if not begun:
                 raise UserError(f"{self.folder} holds files but no checkpoint; empty it, or name another --out")
             raise UserError(f"{self.folder} is not empty; add --resume to go on with it, or name another --out")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
             raise UserError(f"cannot make {self.folder}: {problem.strerror}; name another --out") from None
+        if notes is not None:
+            notes.set(key, "yes")
+        return self.config.resume
 
     @property
     def state_path(self):
@@ -1489,6 +1744,8 @@ class Run:
 
     def farewell(self):
         """Say where things are; returns the exit code, 130 after Ctrl-C as a shell expects."""
+        if world() > 1:
+            dist.barrier()  # whoever goes on finds all that the first one wrote
         if self.interrupted:
             print(f"stopped and saved at step {self.step}; to go on: {self.command()}")
             return 130
@@ -1498,7 +1755,10 @@ class Run:
 
     def command(self):
         """The line that goes on with this run."""
-        return shlex.join(["python", *[word for word in sys.argv if word != "--resume"], "--resume"])
+        start = ["python"]
+        if dist.is_initialized():
+            start = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
+        return shlex.join([*start, *[word for word in sys.argv if word != "--resume"], "--resume"])
 
     # -- the clock --
 
@@ -1506,15 +1766,18 @@ class Run:
     def clock(self):
         """Start counting, and turn Ctrl-C (or a polite kill) into a flag, so that no step is cut in half."""
         self.started = time.perf_counter()
-        self.window_started = self.seconds_before
+        self.now = self.window_started = self.seconds_before
         self.marks_passed = sum(self.progress >= mark for mark in MARKS)
         self.done = self.progress >= 1  # a finished run that is resumed has nothing left to do
 
         def interrupt(signum, frame):
-            if self.interrupted:
+            if self.asked_to_stop and not dist.is_initialized():  # to those, torchrun says again what the terminal said
                 raise KeyboardInterrupt
-            self.interrupted = True
+            self.asked_to_stop = True
 
+        agreed = {key: value for key, value in self.header.items() if not isinstance(value, float)}
+        if len(set(gather_all(json.dumps([self.step, agreed])))) > 1:
+            raise UserError("the processes see different data or checkpoints; give all hosts the same folders")
         before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         total = self.config.steps or 60 * self.config.minutes
         passed = self.step if self.config.steps else self.seconds_before
@@ -1523,8 +1786,9 @@ class Run:
             yield self
         finally:
             self.bar.close()
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            if not dist.is_initialized():  # where a second signal must not cut the last words short
+                for number, handler in before.items():
+                    signal.signal(number, handler)
 
     @property
     def seconds(self):
@@ -1532,17 +1796,20 @@ class Run:
 
     @property
     def progress(self):
-        """0 at the start, 1 when a budget is used up. With steps as the only budget no clock enters: the learning
-        rate is then the same to the bit in every run."""
+        """0 at the start, 1 when a budget is used up, as the clock stood after the last step. With steps as the only
+        budget no clock enters: the learning rate is then the same to the bit in every run."""
         by_steps = self.step / self.config.steps if self.config.steps else 0.0
-        by_time = self.seconds / (60 * self.config.minutes) if self.config.minutes else 0.0
+        by_time = self.now / (60 * self.config.minutes) if self.config.minutes else 0.0
         return min(1.0, max(by_steps, by_time))
 
     def due(self):
         """(pictures, checkpoint): is it time for samples, and is it time to save?
 
-        Here alone it is decided that a run is done, so that none ends, not even by Ctrl-C, without a last checkpoint.
+        Here alone it is decided that a run is done, so that none ends, not even by Ctrl-C, without a last checkpoint;
+        and here processes agree on the time, and on whether one was interrupted.
         """
+        self.now, stop = largest(self.seconds, self.asked_to_stop)
+        self.interrupted = bool(stop)
         progress = self.progress
         self.done = progress >= 1 or self.interrupted
         marks = sum(progress >= mark for mark in MARKS)
@@ -1579,10 +1846,11 @@ class Run:
         rate = len(costs) / (now - self.window_started)
         loss = sum(losses) / len(losses)
         row = [self.step, now, self.images, loss, rates[-1], sum(norms) / len(norms), rate]
-        with open(self.folder / "log.csv", "a", newline="") as file:
-            if file.tell() == 0:
-                csv.writer(file).writerow(LOG_COLUMNS)
-            csv.writer(file).writerow([f"{v:.6g}" if isinstance(v, float) else v for v in row + by_noise])
+        if rank() == 0:
+            with open(self.folder / "log.csv", "a", newline="") as file:
+                if file.tell() == 0:
+                    csv.writer(file).writerow(LOG_COLUMNS)
+                csv.writer(file).writerow([f"{v:.6g}" if isinstance(v, float) else v for v in row + by_noise])
         self.window, self.window_started = [], now
         self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
         self.bar.n = self.step if self.config.steps else min(now, self.bar.total)
@@ -1592,22 +1860,26 @@ class Run:
         """The header of every checkpoint."""
         return {"system": self.system, "step": self.step, "config": dataclasses.asdict(self.config)} | self.header
 
-    def save(self, model, ema, optimizer, scaler, held_out_loss=None):
+    def save(self, model, ema, optimizer, scaler, held_out_loss=None, also=None):
         """model.safetensors, all that sampling needs, then state.safetensors, all that resuming needs, and the page.
 
-        With a held_out_loss, best.safetensors is the model.safetensors at which it was least.
+        With a held_out_loss, best.safetensors is the model.safetensors at which it was least. also: what the header of
+        state.safetensors is to say beside, for load() to return.
         """
         settings = self.settings()
+        held_out_loss = None if held_out_loss is None else largest(held_out_loss)[0]  # to the last bit the same for all
         save_tensors(self.folder / "model.safetensors", ema.state_dict(), settings)
         if held_out_loss is not None and held_out_loss < self.best:
             self.best = held_out_loss
             save_tensors(self.folder / "best.safetensors", ema.state_dict(), settings | {"held_out_loss": self.best})
         clock = {"images": self.images, "seconds": self.seconds, "best": self.best}
-        save_tensors(self.state_path, pack_state(model, ema, optimizer, scaler), settings | clock)
-        self.write_page()
+        save_tensors(self.state_path, pack_state(model, ema, optimizer, scaler), settings | clock | (also or {}))
+        if rank() == 0:
+            self.write_page()
 
     def load(self, model, ema, optimizer, scaler):
-        """Put everything back where save() found it, and forget the log's lines that came after. Raises UserError."""
+        """Put everything back where save() found it, and forget the log's lines that came after. Returns the header.
+        Raises UserError."""
         tensors, header = load_tensors(self.state_path)
         if not header or header.get("system") != self.system:
             raise UserError(f"{self.state_path} is no run of {self.system}.py; name another --out")
@@ -1626,6 +1898,8 @@ class Run:
         self.step, self.images, self.seconds_before = header["step"], header["images"], header["seconds"]
         self.best = header["best"]
         log = self.folder / "log.csv"
+        if rank():
+            return header
         for path in [*self.folder.glob("samples/step_*.png"), *self.folder.glob("marks/step_*.safetensors")]:
             if path.stem[5:].isdigit() and int(path.stem[5:]) > self.step:  # such steps are about to be made again
                 path.unlink()
@@ -1634,6 +1908,7 @@ class Run:
             whole = [line for line in lines if line.endswith("\n") and line.count(",") == head.count(",")]
             kept = [line for line in whole if int(line.split(",")[0]) <= self.step]
             save_atomically(log, lambda part: part.write_text(head + "".join(kept)))
+        return header
 
     def keep(self, ema):
         """marks/step_000500.safetensors: the averaged weights at a mark of the budget, for curves drawn afterwards."""

@@ -10,6 +10,7 @@ NOISE, as in the write-up: z_t = (1 - t) data + t noise, and the network's veloc
     python dit_t2i.py prepare --data DIR --out SHARDS --vae VAE --clip CLIP
     python dit_t2i.py train --preset paper --data SHARDS       the write-up's 258M parameters
     python dit_t2i.py train --arch joint                       the architecture of another write-up, "re-diffusion"
+    torchrun --nproc-per-node 8 dit_t2i.py train --arch joint --stream 'shards/*.jsonl' --steps 100000   at its scale
 
 Beside the write-up, read first msrope, JointAttention, DualStreamLayer and DiT, then flow_loss and guided, then train
 and sample. The picture books at the beginning, emoji and drawn scenes, are there to learn from without a download.
@@ -19,20 +20,43 @@ Measured on two cores with AVX512-BF16: `train --data emoji --minutes 78` saw 77
 4` takes 3 seconds, start included.
 """
 
+import collections
+import concurrent.futures
+import contextlib
 import copy
 import dataclasses
 import difflib
 import functools
+import glob
 import gzip
+import hashlib
+import http.client
+import importlib
+import io
+import ipaddress
 import itertools
 import json
 import math
+import os
+import queue
 import random
 import re
+import shutil
+import socket
+import ssl
+import string
 import sys
+import tempfile
+import threading
+import time
 import unicodedata
+import urllib.parse
+import urllib.request
+import warnings
+import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -44,6 +68,7 @@ from common import (
     INK,
     WHITE,
     Collage,
+    Draw,
     RMSNorm,
     Run,
     TimestepEmbedder,
@@ -84,6 +109,20 @@ class Config(common.TrainConfig):
     vae: str = option("", "VAE of the shards in --data, to show pictures while training")
     flip: float = option(0.0, "how often a picture of a folder is mirrored", low=0.0, high=1.0)
     epochs: int | None = option(None, "stop after so many passes over the data", low=1)
+    # Data from the web
+    stream: str = option("", "metadata shards whose pictures are fetched, e.g. 'shards/*.jsonl' (.parquet, .tar)")
+    threads: int = option(16, "pictures that each process fetches at a time", low=1)
+    per_host: int = option(8, "of these at most from one host", low=1)
+    timeout: float = option(10.0, "seconds that a picture may take", low=0.01)
+    retries: int = option(2, "further tries where one fails that may yet succeed", low=0)
+    max_mb: float = option(20.0, "largest file that is fetched, in megabytes", low=0.0)
+    schemes: tuple[str, ...] = option(
+        ("http", "https"), "kinds of address that are followed", choices=("http", "https", "file")
+    )
+    private_hosts: bool = option(False, "follow addresses into private networks and to this machine, too")
+    cache_gb: float = option(1.0, "memory that keeps decoded pictures, on each machine; 0: none", low=0.0)
+    min_score: float = option(0.0, "least aesthetic score that a picture may have; 0: any or none", low=0.0)
+    min_side: int = option(0, "least length of a picture's shorter side in pixels", low=0)
     # Text
     encoder: str = option("words", "of captions: words, a table that is learned, or CLIP", choices=("words", "clip"))
     clip: str = option("", "CLIP ViT-L/14: a Hugging Face folder, or its weights beside its tokenizer files")
@@ -304,12 +343,12 @@ class EmojiSet:
         """Pairs `index` -> (pictures (B, 3, S, S) in [-1, 1], captions). Views and grounds come from `draw`."""
         emoji = torch.tensor([self.pairs[i][0] for i in index])
         colours = [self.pairs[i][1] for i in index]
-        view = torch.randint(EMOJI_VIEWS, (len(index),), generator=draw)
+        view = draw.randint(EMOJI_VIEWS)
         rgba = self.rgba[view * len(self.names) + emoji] / 255
         own = torch.tensor([colour is None for colour in colours]).view(-1, 1, 1, 1)
         rgba = torch.where(own, rgba, tint(rgba, rgb_of([colour or "grey" for colour in colours])))
         ground, captions = torch.ones(len(index), 3, 1, 1), [self.caption(i) for i in index]
-        choice = torch.randint(2 * len(HUES), (len(index),), generator=draw).tolist()
+        choice = draw.randint(2 * len(HUES)).tolist()
         for row, hue in enumerate(choice):  # half of them on white, and never blue on blue
             if hue < len(HUES) and HUES[hue] != colours[row]:
                 ground[row] = 0.45 * rgb_of([HUES[hue]]) + 0.55
@@ -689,6 +728,527 @@ def load_data(config):
             f"{config.data} holds a single captioned picture; two is the least, one to learn and one to check"
         )
     return everything, Part(everything, order[cut:]), Part(everything, order[:cut]), skipped
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Streams: pictures fetched from the web while training goes on, as metadata shards name them (re-diffusion's
+# "Dataset Strategy"). Lines of the shards are dealt out to the processes; each process has threads that fetch and
+# decode; what fails is counted by kind and left out. There is no end and no epoch: after the last shard comes the
+# first again.
+
+WORDS_FROM = 20_000  # captions that --encoder words learns its vocabulary from
+AGENT = "dit_t2i (a text-to-image model in training)"
+BACK_OFF = 0.5  # seconds before the second try, doubled before each that follows
+MAX_PAUSE = 30.0  # who asks for a longer one is not asked again
+MAX_REDIRECTS = 5
+FORMATS = {"JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"}  # of Pillow's many, those of the web
+LARGE = 8_000_000  # pixels from which on only two pictures are decoded at a time: each may take a gigabyte
+large_ones = threading.Semaphore(2)
+
+
+class Refused(Exception):
+    """A line of a shard that gives no picture. kind: what is counted; passing: another try may help, after `pause`
+    seconds if that was said."""
+
+    def __init__(self, kind, passing=False, pause=None):
+        super().__init__(kind)
+        self.kind, self.passing, self.pause = kind, passing, pause
+
+
+def is_public(place):
+    """Is an IP address one of the public internet, whatever form it comes in?"""
+    number = ipaddress.ip_address(place.partition("%")[0])
+    if number.version == 6:
+        if number in ipaddress.ip_network("64:ff9b::/96"):  # IPv4 behind a translator
+            number = ipaddress.ip_address(int(number) & 0xFFFFFFFF)
+        elif number.ipv4_mapped or number.sixtofour:
+            number = number.ipv4_mapped or number.sixtofour
+        elif number.is_site_local or number.is_reserved:
+            return False
+    return number.is_global and not number.is_multicast
+
+
+class Limited(io.RawIOBase):
+    """What a socket brings, up to a deadline and a size: status lines, headers and chunks alike, since a server can be
+    slow, or endless, in each."""
+
+    def __init__(self, raw, sock, deadline, left, stopped):
+        self.raw, self.sock, self.deadline, self.left, self.stopped = raw, sock, deadline, left, stopped
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        seconds = self.deadline - time.monotonic()
+        if seconds <= 0 or self.stopped.is_set():
+            raise TimeoutError
+        self.sock.settimeout(seconds)
+        count = self.raw.readinto(buffer)
+        self.left -= count
+        if self.left < 0:
+            raise Refused("too large")
+        return count
+
+    def close(self):
+        self.raw.close()
+        super().close()
+
+
+class Fetcher:
+    """url -> the bytes behind it, within limits of time and size. Raises Refused, and nothing else."""
+
+    def __init__(self, schemes, private=False, timeout=10.0, max_bytes=20_000_000, retries=2):
+        self.schemes, self.private, self.timeout, self.max_bytes = schemes, private, timeout, max_bytes
+        self.retries, self.stopped, self.trusted = retries, threading.Event(), ssl.create_default_context()
+
+    def __call__(self, url):
+        for attempt in itertools.count():
+            try:
+                return self.follow(url, time.monotonic() + self.timeout)
+            except Refused as problem:
+                pause = BACK_OFF * 2**attempt * random.uniform(0.5, 1.5) if problem.pause is None else problem.pause
+                over = attempt == self.retries or pause > MAX_PAUSE or self.stopped.is_set()
+                if over or not problem.passing:
+                    raise
+            self.stopped.wait(pause)
+
+    def follow(self, url, deadline):
+        """One try, to the end of all redirects, each of which must keep to what is allowed."""
+        try:
+            for _ in range(1 + MAX_REDIRECTS):
+                parts = urllib.parse.urlsplit(url)
+                if parts.scheme not in self.schemes:
+                    raise Refused("scheme not allowed")
+                content, place = self.read_file(parts) if parts.scheme == "file" else self.ask(parts, deadline)
+                if place is None:
+                    return content
+                url = urllib.parse.urljoin(url, place)
+            raise Refused("too many redirects")
+        except Refused:
+            raise
+        except (ValueError, http.client.InvalidURL):
+            raise Refused("bad address") from None
+        except TimeoutError:
+            raise Refused("too slow", passing=True) from None
+        except http.client.IncompleteRead:
+            raise Refused("truncated", passing=True) from None
+        except (OSError, http.client.HTTPException) as problem:
+            for_good = isinstance(problem, ssl.SSLCertVerificationError | PermissionError) or (
+                isinstance(problem, socket.gaierror) and problem.errno == socket.EAI_NONAME
+            )
+            raise Refused("no connection", passing=not for_good) from None
+        except Exception:  # a server may say what the library did not expect; no run ends by that
+            raise Refused("odd answer") from None
+
+    def read_file(self, parts):
+        path = Path(urllib.request.url2pathname(parts.path))
+        if not path.is_file():
+            raise Refused("no such file")
+        with open(path, "rb") as file:
+            content = file.read(self.max_bytes + 1)
+        if len(content) > self.max_bytes:
+            raise Refused("too large")
+        return content, None
+
+    def ask(self, parts, deadline):
+        """(content, None), or where else to look: (None, address)."""
+        if not parts.hostname:
+            raise Refused("bad address")
+        if parts.scheme == "https":
+            connection = http.client.HTTPSConnection(parts.hostname, parts.port, context=self.trusted)
+        else:
+            connection = http.client.HTTPConnection(parts.hostname, parts.port)
+        # No proxy is asked: it would resolve names elsewhere.
+        connection._create_connection = lambda address, *_: self.connect(address, deadline)
+
+        def answer(sock, **more):
+            made = http.client.HTTPResponse(sock, **more)
+            left = self.max_bytes + (1 << 17)  # for headers
+            made.fp = io.BufferedReader(Limited(made.fp.detach(), sock, deadline, left, self.stopped))
+            return made
+
+        connection.response_class = answer
+        target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
+        with contextlib.closing(connection):
+            connection.request(
+                "GET", urllib.parse.quote(target, safe=string.punctuation), headers={"User-Agent": AGENT}
+            )
+            with connection.getresponse() as said:
+                if said.status in (301, 302, 303, 307, 308) and said.headers["Location"]:
+                    return None, said.headers["Location"].strip()
+                if said.status != 200:
+                    pause = said.headers.get("Retry-After", "")
+                    passing = said.status in (408, 429) or said.status >= 500
+                    raise Refused(f"http {said.status}", passing, float(pause) if pause.isdecimal() else None)
+                if re.search(r"\bno(image)?ai\b", str(said.headers.get_all("X-Robots-Tag")), re.IGNORECASE):
+                    raise Refused("declined by its owner")  # who says: not for training
+                length = said.length  # as promised; None where it comes in chunks, or nobody said
+                if (length or 0) > self.max_bytes:
+                    raise Refused("too large")
+                content = said.read(self.max_bytes + 1)
+        if len(content) > self.max_bytes:
+            raise Refused("too large")
+        if len(content) < (length or 0):
+            raise Refused("truncated", passing=True)
+        return content, None
+
+    def connect(self, address, deadline):
+        """A socket to a host: to the very addresses that were checked, for a name may change its mind."""
+        places = list(dict.fromkeys(found[4][0] for found in socket.getaddrinfo(*address, type=socket.SOCK_STREAM)))
+        if not self.private and not all(map(is_public, places)):
+            raise Refused("private address")
+        for number, place in enumerate(places):
+            try:
+                return socket.create_connection((place, address[1]), max(0.001, deadline - time.monotonic()))
+            except OSError:  # such as an IPv6 address where there is no IPv6
+                if number == len(places) - 1:
+                    raise
+
+
+def decode_picture(content, size, min_side=0):
+    """Bytes of a picture file -> (size, size, 3) uint8, the centre square. Raises Refused."""
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            if picture.format not in FORMATS:
+                raise Refused("no picture")
+            if min(picture.size) < min_side:
+                raise Refused("too small")
+            large = picture.width * picture.height > LARGE
+        with large_ones if large else contextlib.nullcontext():
+            return common.read_picture(io.BytesIO(content), size)
+    except Refused:
+        raise
+    except Image.DecompressionBombError:
+        raise Refused("too large") from None
+    except Exception as problem:  # Pillow raises nearly anything on a broken file
+        words = str(problem)
+        kinds = {"cannot identify": "no picture", "truncated": "truncated", "are too many": "too large"}
+        raise Refused(next((kind for part, kind in kinds.items() if part in words), "broken picture")) from None
+
+
+class Cache:
+    """Decoded pictures by their addresses, in a folder that lies in memory, as many as fit in `budget` bytes. The one
+    that was not asked for longest goes first. Processes share the folder; each answers for what it has put there, and
+    for its part of what a killed run left. Raises UserError where the folder is somebody else's."""
+
+    def __init__(self, folder, budget, part=0, parts=1):
+        self.folder, self.lock, self.sizes, self.total = Path(folder), threading.Lock(), collections.OrderedDict(), 0
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if hasattr(os, "getuid") and self.folder.stat().st_uid != os.getuid():
+            raise UserError(f"{self.folder} belongs to somebody else; leave the cache out with --cache-gb 0")
+        self.budget = min(budget, shutil.disk_usage(self.folder).free // 2) // parts
+        found = []
+        for path in self.folder.iterdir():
+            with contextlib.suppress(OSError):  # another process has just moved it
+                if zlib.crc32(path.name.encode()) % parts == part:
+                    found.append((path.stat().st_mtime, path.name, path.stat().st_size))
+        for _, name, size in sorted(found):
+            self.sizes[name] = size
+            self.total += size
+        self.shrink(0)
+
+    def get(self, key):
+        """The bytes kept under a key, or None."""
+        name = hashlib.sha256(key.encode()).hexdigest()
+        try:
+            content = (self.folder / name).read_bytes()
+        except OSError:
+            content = None
+        with self.lock:
+            if content is None:
+                self.total -= self.sizes.pop(name, 0)
+            elif name in self.sizes:
+                self.sizes.move_to_end(name)
+        return content
+
+    def put(self, key, content):
+        name = hashlib.sha256(key.encode()).hexdigest()
+        part = self.folder / f".{name}.{os.getpid()}.{threading.get_ident()}"
+        with self.lock:
+            if len(content) > self.budget:
+                return
+            self.total -= self.sizes.pop(name, 0)
+            self.shrink(len(content))
+            try:
+                part.write_bytes(content)
+                os.replace(part, self.folder / name)
+            except OSError:  # memory that is full is no reason to stop
+                part.unlink(missing_ok=True)
+                return
+            self.sizes[name] = len(content)
+            self.total += len(content)
+
+    def shrink(self, room):
+        while self.sizes and self.total + room > self.budget:
+            name, size = self.sizes.popitem(last=False)
+            (self.folder / name).unlink(missing_ok=True)
+            self.total -= size
+
+    def clear(self):
+        """Give the memory back."""
+        with self.lock:
+            self.shrink(self.budget + 1)
+            with contextlib.suppress(OSError):  # other processes have theirs there
+                self.folder.rmdir()
+
+
+def read_shard(path):
+    """The lines of a metadata shard, one after the other, as dictionaries; None for one that is broken. .jsonl,
+    .parquet (pyarrow), or .tar (webdataset), whose lines bring the picture itself as "picture". Raises UserError."""
+    try:
+        if path.endswith(".parquet"):
+            for batch in needed("pyarrow.parquet", "pyarrow").ParquetFile(path).iter_batches(1000):
+                yield from batch.to_pylist()
+        elif path.endswith(".tar"):
+            for sample in needed("webdataset.tariterators", "webdataset").tarfile_samples([{"url": path}]):
+                told = parse(sample.get("json", b"{}"))
+                picture = next((sample[kind] for kind in ("jpg", "jpeg", "png", "webp") if kind in sample), None)
+                text = {"caption": sample["txt"].decode("utf-8", "replace")} if "txt" in sample else {}
+                yield None if told is None else told | {"picture": picture} | text
+        else:
+            with open(path, encoding="utf-8-sig", errors="replace") as file:
+                yield from map(parse, file)
+    except UserError:
+        raise
+    except Exception as problem:  # each format has its own way to fail
+        reason = " ".join(str(problem).split())[:80]
+        raise UserError(f"{path} is no readable shard ({reason}); get it anew or leave it out") from None
+
+
+def parse(text):
+    """JSON -> a dictionary, or None where it is none."""
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def needed(module, package):
+    """An optional package. Raises UserError where it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(f"these shards need a package that is not here: pip install {package}") from None
+
+
+@dataclasses.dataclass
+class Line:
+    """What a shard's line says: where a picture is, or its bytes, and what is in it."""
+
+    url: str
+    host: str
+    caption: str
+    picture: bytes | None = None
+    score: float | None = None  # of its beauty, 1 to 10
+    side: float | None = None  # the shorter one in pixels
+
+
+def understand(row):
+    """A shard's row as a Line, in our names or in LAION's. Raises Refused."""
+    row = {str(key).lower(): value for key, value in (row or {}).items() if value is not None}
+
+    def number(*names):
+        with contextlib.suppress(LookupError, TypeError, ValueError, OverflowError):  # where there is none
+            return min(float(row[name]) for name in names)
+
+    url, caption, picture = row.get("url", ""), row.get("caption", row.get("text")), row.get("picture")
+    try:
+        (url + caption).encode()  # text, and such as can be written down
+        line = Line(url.strip(), urllib.parse.urlsplit(url.strip()).hostname or "", caption.strip(), picture)
+    except (ValueError, TypeError, AttributeError):
+        raise Refused("broken line") from None
+    if not line.caption or not (line.url or isinstance(picture, bytes)):
+        raise Refused("broken line")
+    line.score = number("aesthetic_score" if "aesthetic_score" in row else "aesthetic")
+    line.side = number("width", "height") if {"width", "height"} <= row.keys() else None
+    return line
+
+
+def passed(rule, place):
+    """Does a rule of Stream.state() know the line at a place as done with?"""
+    _, shard, line = place
+    return place < rule["next"][(shard + line) % len(rule["next"])] and place not in rule["pending"]
+
+
+class Stream:
+    """Captioned pictures from metadata shards, as training asks for them.
+
+    A line's place is (turn, shard, line): which pass over the shards, in that pass's order, and the line in it. Of
+    `world` processes number `rank` reads those with (shard + line) % world == rank. `counts` says what became of all
+    lines that are done with, by kind: "fetched", "from the cache" or why not. state() and restore() know which lines
+    those are, for any number of processes. The main thread alone knows lines and counts; the others take a line and
+    put what came of it into `arrived`. Used with `with`, which ends its threads and gives the memory back. Raises
+    UserError where a whole pass over the shards gives no picture.
+    """
+
+    def __init__(self, config, folder):
+        self.config, self.rank, self.world = config, common.rank(), common.world()
+        self.names = sorted(glob.glob(config.stream, recursive=True))
+        strangers = [name for name in self.names if not name.endswith((".jsonl", ".parquet", ".tar"))]
+        if strangers or not self.names:
+            what = f"{strangers[0]} is no shard" if strangers else f"no shards at {config.stream}"
+            raise UserError(f"{what}; name .jsonl, .parquet or .tar files, e.g. --stream 'shards/*.jsonl'")
+        bytes_max = int(1e6 * config.max_mb)
+        self.fetch = Fetcher(config.schemes, config.private_hosts, config.timeout, bytes_max, config.retries)
+        self.folder, self.pool, self.cache = folder, None, None
+        # What is under way: enough that the threads have work while a step is computed, and no more.
+        self.window = 2 * config.threads + 2 * config.batch_size // (config.grad_accum * self.world)
+        self.pending, self.arrived = {}, queue.SimpleQueue()
+        self.lock, self.busy, self.waiting = (
+            threading.Lock(),
+            collections.Counter(),
+            collections.defaultdict(collections.deque),
+        )
+        self.counts, self.rules = collections.Counter(), []
+        self.lines, self.next, self.good_turn = self.walk(0, 0, 0), [0, 0, 0], -1
+
+    def __enter__(self):
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # smaller ones are refused
+        self.pool = concurrent.futures.ThreadPoolExecutor(self.config.threads)
+        if self.config.cache_gb:
+            memory = Path("/dev/shm") if os.path.isdir("/dev/shm") else Path(tempfile.gettempdir())
+            name = hashlib.sha256(f"{Path(self.folder).resolve()} {Path.home()}".encode()).hexdigest()[:16]
+            local = [int(os.environ.get(f"LOCAL_{key}", other)) for key, other in (("RANK", 0), ("WORLD_SIZE", 1))]
+            self.cache = Cache(memory / f"dit_t2i-{name}", int(1e9 * self.config.cache_gb), *local)
+        return self
+
+    def __exit__(self, *problem):
+        self.fetch.stopped.set()
+        self.pool.shutdown(wait=True, cancel_futures=True)
+        if self.cache:
+            self.cache.clear()
+
+    # -- which lines --
+
+    def walk(self, turn, shard, line):
+        """(place, row) of this process's lines from a place on, without end, but for those that are done with."""
+        while True:
+            order, empty = common.epoch_order(self.config.seed, turn, len(self.names)), True
+            while shard < len(self.names):
+                for number, row in enumerate(read_shard(self.names[order[shard]])):
+                    if number >= line and (shard + number) % self.world == self.rank:
+                        empty = False
+                        if not any(passed(rule, [turn, shard, number]) for rule in self.rules):
+                            yield [turn, shard, number], row
+                shard, line = shard + 1, 0
+            if empty and turn > self.good_turn + 1:
+                raise UserError(f"{self.config.stream} holds fewer lines than there are processes")
+            turn, shard = turn + 1, 0
+
+    def state(self):
+        """What a checkpoint keeps, of all processes, which must all call it: JSON.
+
+        A rule says what is done: "next" has, for each process of that time, the place up to which its lines are, and
+        "pending" those before it that are not. Four processes may be followed by one and that by three; what the four
+        had done beyond the point that the one has reached is still theirs to say.
+        """
+        told = common.gather_all((self.next, list(map(list, self.pending)), self.counts))
+        pending = [place for _, places, _ in told for place in places]
+        rule = {"next": [place for place, _, _ in told], "pending": pending}
+        older = [old for old in self.rules if max(old["next"]) > min(rule["next"])]
+        return {"rules": [rule, *older], "counts": dict(sum((counts for *_, counts in told), collections.Counter()))}
+
+    def restore(self, state):
+        """Go on where state() was: the lines that it knows as done are not read again, all others are."""
+        self.rules = state["rules"]
+        self.counts = collections.Counter(state["counts"] if self.rank == 0 else {})
+        self.next = min(self.rules[0]["next"] + self.rules[0]["pending"])  # before it, nothing is left to do
+        self.lines, self.good_turn = self.walk(*self.next), self.next[0]
+
+    # -- what comes of them --
+
+    def fill(self):
+        """Have threads fetch lines until as many are under way as may be."""
+        while len(self.pending) < self.window:
+            place, row = next(self.lines)
+            self.next = [*place[:2], place[2] + 1]
+            try:
+                line = understand(row)
+                if self.config.min_score and not (line.score or 0) >= self.config.min_score:
+                    raise Refused("low score")
+                if line.side is not None and line.side < self.config.min_side:
+                    raise Refused("too small")
+            except Refused as problem:
+                self.count(problem.kind)
+                continue
+            self.pending[tuple(place)] = None
+            with self.lock:
+                if line.host and self.busy[line.host] >= self.config.per_host:
+                    self.waiting[line.host].append((place, line))
+                    continue
+                self.busy[line.host] += 1
+            self.pool.submit(self.work, place, line)
+
+    def work(self, place, line):
+        """In a thread: make a picture of a line, then see to the next one of the same host."""
+        try:
+            key, size = f"{self.config.image_size} {line.url}", self.config.image_size
+            kept = self.cache.get(key) if self.cache and line.picture is None else None
+            if kept and len(kept) == 3 * size * size:
+                kind, picture = "from the cache", np.frombuffer(kept, np.uint8).reshape(size, size, 3)
+            else:
+                content = self.fetch(line.url) if line.picture is None else line.picture
+                kind, picture = "fetched", decode_picture(content, size, self.config.min_side)
+                if self.cache and line.picture is None:
+                    self.cache.put(key, picture.tobytes())
+        except Refused as problem:
+            kind, picture = problem.kind, None
+        except Exception as problem:  # ours to hear of, in the main thread
+            kind, picture = problem, None
+        self.arrived.put((tuple(place), kind, picture, line.caption))
+        with self.lock:
+            if not self.waiting[line.host]:
+                self.busy[line.host] -= 1
+                if not self.busy[line.host]:  # hosts are many; none is remembered
+                    del self.busy[line.host], self.waiting[line.host]
+                return
+            following = self.waiting[line.host].popleft()
+        with contextlib.suppress(RuntimeError):  # the pool is shut down
+            self.pool.submit(self.work, *following)
+
+    def count(self, kind):
+        """One more that gave no picture. Raises UserError if that is true of a whole pass."""
+        self.counts[kind] += 1
+        oldest = next(iter(self.pending))[0] if self.pending else self.next[0]
+        if oldest > self.good_turn + 1:
+            what = ", ".join(f"{count:,} {kind}" for kind, count in self.counts.most_common(4))
+            raise UserError(f"a whole pass over {self.config.stream} gave no picture: {what}")
+
+    def sample(self):
+        """The next picture that is there, in whatever order: (its line's place, (S, S, 3) uint8, its caption)."""
+        while True:
+            self.fill()
+            place, kind, picture, caption = self.arrived.get()
+            if isinstance(kind, Exception):
+                raise kind
+            del self.pending[place]
+            if picture is None:
+                self.count(kind)
+                continue
+            self.counts[kind] += 1
+            self.good_turn = max(self.good_turn, place[0])  # the last pass over the shards that gave a picture
+            return place, picture, caption
+
+    def batch(self, index, draw):
+        """As many samples as `index` is long: (B, 3, S, S) in [-1, 1], captions."""
+        _, pictures, captions = zip(*(self.sample() for _ in index))
+        x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1
+        return common.mirror_some(x, self.config.flip, draw), list(captions)
+
+    def captions(self, most):
+        """The first ones in the shards, to learn words from and to draw while training."""
+        rows = (row for name in self.names for row in read_shard(name))
+        found = []
+        for row in rows:
+            with contextlib.suppress(Refused):
+                found.append(understand(row).caption)
+            if len(found) == most:
+                break
+        return found
+
+    def checksum(self):
+        return zlib.crc32(json.dumps([Path(name).name for name in self.names]).encode())
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -1295,12 +1855,11 @@ def flow_loss(config, model, x, text, draw, progress=0.0):
     z_t = (1 - t) data + t noise, with t the sigmoid of a normal ("Rectified Flow" in the write-up; in re-diffusion's,
     "Diffusion as Rectified Flow", t is uniform). progress, from 0 to 1, is the part of the run that is over."""
     if (config.time_law or {"dual": "normal", "joint": "uniform"}[config.arch]) == "uniform":
-        t = config.time_min + (1 - config.time_min) * torch.rand(len(x), generator=draw, device=draw.device)
+        t = config.time_min + (1 - config.time_min) * draw.rand()
     else:
-        normal = torch.randn(len(x), generator=draw, device=draw.device)
         mean = config.time_mean - progress * config.time_fall
-        t = torch.sigmoid(mean + config.time_std * normal).clamp(min=config.time_min)
-    noise = torch.randn(x.shape, generator=draw, device=draw.device)
+        t = torch.sigmoid(mean + config.time_std * draw.randn()).clamp(min=config.time_min)
+    noise = draw.randn(*x.shape[1:])
     error = model(flow_point(x, noise, t), t, text) - (noise - x)
     return error.square().mean(dim=(1, 2, 3)), t
 
@@ -1326,16 +1885,23 @@ def guided(model, text, null, cfg):
 
 def train(config):
     """Train from nothing, or go on with --resume; what is left behind is a run folder. Raises UserError."""
-    device = common.pick_device(config.device)
-    precision = common.pick_precision(config.precision, device)
-    everything, data, held_out, skipped = load_data(config)
+    device, precision = common.set_up(config)
+    everything, data, held_out, skipped = (None, None, None, []) if config.stream else load_data(config)
     if config.epochs:
+        if config.stream:
+            raise UserError("a stream has no end and no epochs; give --steps or --minutes")
         steps = config.epochs * math.ceil(len(data) / config.batch_size)
         config = dataclasses.replace(config, steps=min(steps, config.steps or steps))
     run = Run(config, "dit_t2i")
     encoder, vae = None, common.load_vae(config.vae).to(device) if config.vae else None
-    channels, size = data.batch([0], generator(0))[0].shape[1:3]
-    run.header = {"data": [len(everything), everything.checksum()], "latent": [channels, size], "vae": None}
+    if config.stream:
+        stream = data = everything = Stream(config, run.folder)
+        channels, size = (vae.latent_channels, config.image_size // vae.stride) if vae else (3, config.image_size)
+        run.header = {"data": [len(stream.names), stream.checksum()], "vae": common.fingerprint(vae) if vae else None}
+    else:
+        channels, size = data.batch([0], Draw(1, 0))[0].shape[1:3]
+        run.header = {"data": [len(everything), everything.checksum()], "vae": None}
+    run.header["latent"] = [channels, size]
     if isinstance(everything, ShardSet):  # encoded before: neither CLIP nor VAE is needed, but for pictures
         null = everything.null
         run.header |= {"text": {"clip": everything.header["clip"]}, "vae": everything.header["vae"]}
@@ -1344,51 +1910,67 @@ def train(config):
         encoder = Clip(config.clip, device)
         run.header["text"] = {"clip": common.fingerprint(encoder.model)}
     else:
-        encoder = Words.learn(everything.all_captions(), config.max_words)
+        captions = everything.captions(WORDS_FROM) if config.stream else everything.all_captions()
+        encoder = Words.learn(captions, config.max_words)
         run.header["text"] = {"words": encoder.vocabulary, "length": encoder.length}
     if encoder:
         null = encoder([""])
     if null.is_floating_point() and config.text_dim != null.shape[-1]:
         raise UserError(f"--text-dim {config.text_dim}: the text of this CLIP is {null.shape[-1]} wide")
+    chosen = [len(held_out) * i // 16 for i in range(16)] if held_out else []
+    if encoder:
+        shown = encoder([held_out.caption(i) for i in chosen] or everything.captions(16))
+    else:
+        shown = held_out.batch(chosen, Draw(16, 0))[1]
 
     torch.manual_seed(config.seed)
     words = len(encoder.vocabulary) if isinstance(encoder, Words) else 0
-    model = build_model(config, channels, size, words).to(device)
+    model = build_model(config, channels, size, words)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
+    trained = common.spread(config, model, ema, device, lambda net: net.layers)
     optimizer, scaler = common.make_optimizer(config, model, device)
-    if config.resume:
-        run.load(model, ema, optimizer, scaler)
+    if run.resume:
+        header = run.load(model, ema, optimizer, scaler)
+        if config.stream:
+            stream.restore(header["stream"])
     if common.worth_compiling(config, device):
         for layer in model.layers:
             layer.compile(dynamic=False)
     run.tell_skipped(skipped)
-    print(run.banner(model, device, precision, f"{len(data):,} samples and {len(held_out):,} held out"))
+    amount = f"{len(data.names):,} shards" if config.stream else f"{len(data):,} samples and {len(held_out):,} held out"
+    print(run.banner(model, device, precision, amount))
 
-    def draw_batch(source, index, *key):
+    def draw_batch(source, index, draw):
         """Samples of a data set, ready for the model: (x (B, C, H, W), text), a tenth of the captions left out."""
-        draw = generator(config.seed, *key)
         x, text = source.batch(index, draw)
+        x = x.to(device)
         text = encoder(text) if encoder else text
-        left_out = torch.rand(len(x), generator=draw) < config.null_prob
+        left_out = draw.rand() < config.null_prob
         text = torch.where(left_out.view(-1, *[1] * (text.dim() - 1)), null, text)
-        return x.to(device), text.to(device)
+        if config.stream and vae:
+            with torch.no_grad(), autocast(device, precision):
+                x = vae.encode(x)
+        return x, text.to(device)
 
     @torch.no_grad()
     def held_out_loss():
         """Of the averaged weights, always at the same times and with the same noise."""
-        x, text = draw_batch(held_out, range(min(256, len(held_out))), 0, 0, 2)
+        count = min(256, len(held_out))
+        x, text = draw_batch(held_out, range(count), Draw(count, config.seed, 0, 2))
         with autocast(device, precision):
-            return flow_loss(config, ema, x, text, generator(config.seed, 0, 0, 3, device=device))[0].mean().item()
+            draw = Draw(count, config.seed, 0, 3, device=device)
+            return flow_loss(config, ema, x, text, draw)[0].mean().item()
 
-    with run.clock():
+    with run.clock(), stream if config.stream else contextlib.nullcontext():
         while not run.done:
-            costs, times = [], []
-            index = common.batch_index(config, len(data), run.step)
-            for part in range(config.grad_accum):
-                x, text = draw_batch(data, index[part :: config.grad_accum], run.step, part, 1)
+            costs, times, key = [], [], (config.batch_size, config.seed, run.step)
+            # A stream gives what comes next, whatever it is asked for.
+            index = range(config.batch_size) if config.stream else common.batch_index(config, len(data), run.step)
+            for rows in common.passes(config, trained):
+                x, text = draw_batch(data, index[rows], Draw(*key, 1, rows=rows))
                 with autocast(device, precision):
-                    draw = generator(config.seed, run.step, part, 4, device=device)
-                    cost, t = flow_loss(config, model, x, text, draw, run.progress)
+                    draw = Draw(*key, 4, rows=rows, device=device)
+                    cost, t = flow_loss(config, trained, x, text, draw, run.progress)
                 scaler.scale(cost.mean() / config.grad_accum).backward()
                 costs.append(cost.detach())
                 times.append(t)
@@ -1396,14 +1978,13 @@ def train(config):
 
             pictures, checkpoint = run.due()
             if pictures:
-                chosen = [len(held_out) * i // 16 for i in range(16)]
-                if encoder:
-                    text = encoder([held_out.caption(i) for i in chosen])
-                else:
-                    text = held_out.batch(chosen, generator(0))[1]
                 options = DrawConfig(num=1, cfg=config.cfg, precision=precision)
-                run.save_samples(to_rgb(vae, sample(ema, options, text, null, (channels, size, size))))
-            if checkpoint:
+                run.save_samples(to_rgb(vae, sample(ema, options, shown, null, (channels, size, size))))
+            if checkpoint and config.stream:
+                told = stream.state()
+                run.bar.write(f"step {run.step}: " + ", ".join(f"{n:,} {kind}" for kind, n in told["counts"].items()))
+                run.save(model, ema, optimizer, scaler, also={"stream": told})
+            elif checkpoint:
                 run.save(model, ema, optimizer, scaler, held_out_loss())
     return run.farewell()
 

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 import common
 from common import (
+    Draw,
     RMSNorm,
     Run,
     TimestepEmbedder,
@@ -190,15 +191,15 @@ def random_crop(config, draw):
     return top, left, side
 
 
-def draw_batch(config, data, step, part, device):
-    """What pass `part` of optimizer step `step` learns from: (x (B, 3, H, W), mask (B, 3, 1, 1), top, left).
+def draw_batch(config, data, step, rows, device):
+    """Rows of the batch of optimizer step `step`: (x (B, 3, H, W), mask (B, 3, 1, 1), top, left).
 
     The mask is 0 for the chroma of pictures without colour, 1 elsewhere; top and left count patches.
     """
-    draw = generator(config.seed, step, part)
+    draw = generator(config.seed, step, 0)
     # Part 5: pictures in colour come three times as often, with replacement, as in WeightedRandomSampler.
     weights = 1 + (config.color_weight - 1) * data.in_color.float()
-    index = torch.multinomial(weights, config.batch_size // config.grad_accum, replacement=True, generator=draw)
+    index = torch.multinomial(weights, config.batch_size, replacement=True, generator=draw)[rows]
     top, left, side = random_crop(config, draw)
     p = config.patch_size
     rgb = data.rgb[index, :, top * p : (top + side) * p, left * p : (left + side) * p].to(device) / 255
@@ -469,12 +470,11 @@ def flow_loss(config, output, x_t, x, t, mask):
     return (error.square() * mask).mean(dim=(1, 2, 3))
 
 
-def draw_times(config, count, draw):
-    """(count,) training times: logit-normal (Esser et al. 2024, section 3.1) or uniform."""
+def draw_times(config, draw):
+    """(B,) training times from a Draw: logit-normal (Esser et al. 2024, section 3.1) or uniform."""
     if config.time == "uniform":
-        return torch.rand(count, generator=draw, device=draw.device)
-    normal = torch.randn(count, generator=draw, device=draw.device)
-    return torch.sigmoid(config.time_mean + config.time_std * normal)
+        return draw.rand()
+    return torch.sigmoid(config.time_mean + config.time_std * draw.randn())
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -483,17 +483,17 @@ def draw_times(config, count, draw):
 
 def train(config):
     """Train from nothing, or go on with --resume; what is left behind is a run folder. Raises UserError."""
-    device = common.pick_device(config.device)
-    precision = common.pick_precision(config.precision, device)
+    device, precision = common.set_up(config)
     torch.manual_seed(config.seed)
-    model = build_model(config).to(device)
+    model = build_model(config)
     run = Run(config, "jit_lab")
     data, skipped = load_dataset(config)
     run.tell_skipped(skipped)
     run.header = {"data": [len(data.rgb), int(data.rgb.sum())]}
     ema = copy.deepcopy(model).eval()
+    trained = common.spread(config, model, ema, device, lambda net: net.blocks)
     optimizer, scaler = common.make_optimizer(config, model, device)
-    if config.resume:
+    if run.resume:
         run.load(model, ema, optimizer, scaler)
     if common.worth_compiling(config, device):
         for block in model.blocks:  # one block, compiled once for each crop size, serves all
@@ -503,15 +503,15 @@ def train(config):
     with run.clock():
         while not run.done:
             costs, times = [], []
-            for part in range(config.grad_accum):
-                x, mask, top, left = draw_batch(config, data, run.step, part, device)
-                draw = generator(config.seed, run.step, part, 1, device=device)
-                t = draw_times(config, len(x), draw)
-                noise = noise_scale(config, device) * torch.randn(x.shape, generator=draw, device=device)
+            for rows in common.passes(config, trained):
+                x, mask, top, left = draw_batch(config, data, run.step, rows, device)
+                draw = Draw(config.batch_size, config.seed, run.step, 1, rows=rows, device=device)
+                t = draw_times(config, draw)
+                noise = noise_scale(config, device) * draw.randn(*x.shape[1:])
                 x_t = flow_point(noise, x, t)
                 y = torch.zeros(len(x), dtype=torch.long, device=device)
                 with autocast(device, precision):
-                    output = model(x_t, t, y, top, left)
+                    output = trained(x_t, t, y, top, left)
                 cost = flow_loss(config, output, x_t, x, t, mask)
                 scaler.scale(cost.mean() / config.grad_accum).backward()
                 costs.append(cost.detach())

@@ -34,6 +34,7 @@ from PIL import Image, ImageDraw, ImageFont
 import common
 from common import (
     Chart,
+    Draw,
     Run,
     TimestepEmbedder,
     UserError,
@@ -238,6 +239,11 @@ class VAE(nn.Module):
         common.check_map(latent, self.channels, 1)
         return self.decoder(latent).float()
 
+    def forward(self, x, noise):
+        """There and back -> (x again, mean, log-variance), with noise like the mean where the latent is drawn."""
+        mean, logvar = self.posterior(x)
+        return self.decode(mean + (logvar / 2).exp() * noise), mean, logvar
+
     def normalise(self, latent, inverse=False):
         """A latent as the VAE speaks it -> as the denoiser sees it, each channel of mean 0 and deviation 1; or back."""
         mean, std = self.mean[:, None, None], self.std[:, None, None]
@@ -248,8 +254,8 @@ def vae_loss(config, vae, x, noise):
     """What each picture costs, (B,): the squared error; that of the slopes between neighbouring pixels at three scales,
     which blur would flatten; and a small pull of the posterior towards N(0, 1). Absolute errors take far longer to
     learn from."""
-    mean, logvar = vae.posterior(x)
-    error = vae.decode(mean + (logvar / 2).exp() * noise) - x
+    remade, mean, logvar = vae(x, noise)
+    error = remade - x
     cost = error.square().mean(dim=(1, 2, 3))
     for _ in range(3):
         slopes = error.diff(dim=2).square().mean(dim=(1, 2, 3)) + error.diff(dim=3).square().mean(dim=(1, 2, 3))
@@ -521,18 +527,18 @@ def build_vae(config):
 
 def train_vae(config):
     """Train the VAE alone, or go on with --resume; what is left behind is a run folder. Raises UserError."""
-    device = common.pick_device(config.device)
-    precision = common.pick_precision(config.precision, device)
+    device, precision = common.set_up(config)
     run = Run(dataclasses.replace(config, out=config.out or f"{RUN}-vae"), "serpentine_vae")
     pictures, held_out, names, skipped = load_data(config)
     run.header = {"pictures": checksum(pictures), "held_out": names}
     run.tell_skipped(skipped)
 
     torch.manual_seed(config.seed)
-    model = build_vae(config).to(device)
+    model = build_vae(config)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
+    trained = common.spread(config, model, ema, device, blocks)
     optimizer, scaler = common.make_optimizer(config, model, device)
-    if config.resume:
+    if run.resume:
         run.load(System(model), System(ema), optimizer, scaler)
     compile_blocks(config, model, device)
     print(run.banner(model, device, precision, f"VAE on {len(pictures):,} pictures, {len(held_out):,} held out"))
@@ -540,13 +546,12 @@ def train_vae(config):
     with run.clock():
         while not run.done:
             costs, index = [], common.batch_index(config, len(pictures), run.step)
-            for part in range(config.grad_accum):
-                draw = generator(config.seed, run.step, part, 1)
-                x = pictures[index[part :: config.grad_accum]] / 127.5 - 1
-                x = common.mirror_some(x, config.flip, draw).to(device)
-                cells = len(x), config.channels, x.shape[2] // STRIDE, x.shape[3] // STRIDE
+            for rows in common.passes(config, trained):
+                draw = Draw(config.batch_size, config.seed, run.step, 1, rows=rows)
+                x = common.mirror_some(pictures[index[rows]] / 127.5 - 1, config.flip, draw).to(device)
+                noise = draw.randn(config.channels, x.shape[2] // STRIDE, x.shape[3] // STRIDE).to(device)
                 with autocast(device, precision):
-                    cost = vae_loss(config, model, x, torch.randn(cells, generator=draw).to(device))
+                    cost = vae_loss(config, trained, x, noise)
                 scaler.scale(cost.mean() / config.grad_accum).backward()
                 costs.append(cost.detach())
             costs = torch.cat(costs)
@@ -568,9 +573,13 @@ def compile_blocks(config, model, device):
     tests/bench.py serpentine_demo`)."""
     if common.worth_compiling(config, device) and (config.compile or device.type == "cuda"):
         torch._dynamo.config.recompile_limit = 64  # all blocks share one forward(), and each needs it compiled anew
-        for block in model.modules():
-            if isinstance(block, VAEBlock | Block):
-                block.compile(dynamic=False)
+        for block in blocks(model):
+            block.compile(dynamic=False)
+
+
+def blocks(model):
+    """The parts of a model that are alike."""
+    return [module for module in model.modules() if isinstance(module, VAEBlock | Block)]
 
 
 def checksum(pictures):
@@ -635,8 +644,7 @@ def first_stage(config):
 
 def train(config):
     """Train the VAE, unless that is done or --vae names one, and then the denoiser. Raises UserError."""
-    device = common.pick_device(config.device)
-    precision = common.pick_precision(config.precision, device)
+    device, precision = common.set_up(config)
     if config.width % len(DIRECTIONS):
         raise UserError(f"--width {config.width} must be a multiple of {len(DIRECTIONS)}, one part for each path")
     begun = [(folder / "state.safetensors").exists() for folder in (Path(config.out or RUN), vae_folder(config))]
@@ -661,10 +669,11 @@ def train(config):
     run.header = {"pictures": checksum(pictures), "held_out": names, "vae": common.fingerprint(vae)}
 
     torch.manual_seed(config.seed)
-    model = Denoiser(config.channels, config.width, config.multipliers, config.depth).to(device)
+    model = Denoiser(config.channels, config.width, config.multipliers, config.depth)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
+    trained = common.spread(config, model, ema, device, blocks)
     optimizer, scaler = common.make_optimizer(config, model, device)
-    if config.resume:
+    if run.resume:
         run.load(model, System(vae, ema), optimizer, scaler)
     run.header["range"] = latents[0].abs().max().item()
     compile_blocks(config, model, device)
@@ -673,14 +682,13 @@ def train(config):
     with run.clock():
         while not run.done:
             costs, times, index = [], [], common.batch_index(config, len(pictures), run.step)
-            for part in range(config.grad_accum):
-                draw = generator(config.seed, run.step, part, 1)
-                chosen = index[part :: config.grad_accum]
-                turned = torch.rand(len(chosen), 1, 1, 1, generator=draw) < config.flip
+            for rows in common.passes(config, trained):
+                draw, chosen = Draw(config.batch_size, config.seed, run.step, 1, rows=rows), index[rows]
+                turned = draw.rand(1, 1, 1) < config.flip
                 x = torch.where(turned, latents[-1][chosen], latents[0][chosen])
-                noise, u = torch.randn(x.shape, generator=draw), torch.rand(len(x), generator=draw)
+                noise, u = draw.randn(*x.shape[1:]), draw.rand()
                 with autocast(device, precision):
-                    cost, t = noise_loss(config, model, x.to(device), noise.to(device), u.to(device))
+                    cost, t = noise_loss(config, trained, x.to(device), noise.to(device), u.to(device))
                 scaler.scale(cost.mean() / config.grad_accum).backward()
                 costs.append(cost.detach())
                 times.append(t)

@@ -40,6 +40,7 @@ from torch.utils.checkpoint import checkpoint
 import common
 from common import (
     Chart,
+    Draw,
     Run,
     UserError,
     alphas_cumprod,
@@ -201,6 +202,8 @@ def load_data(config):
     if config.vae and not shards:
         if config.data == "drawn":
             raise UserError("--vae wants pictures large enough for its latents; name a folder with --data")
+        if common.world() > 1:
+            raise UserError("encode the folder first, in one process: python unet_ddpm.py encode --data ... --vae ...")
         same = {name: getattr(config, name) for name in ("data", "vae", "image_size", "device", "precision")}
         shards = encode_folder(EncodeConfig(**same))
     if shards:
@@ -562,10 +565,15 @@ def build_model(config, channels, size):
     return model
 
 
+def stages(model):
+    """The parts that forward() runs one after the other, but for the first and last layer."""
+    return *model.input_blocks, model.middle_block, *model.output_blocks
+
+
 def compile_stages(model):
     """Fuse what lies within each stage: norms, silu, scale and shift become one pass over the map."""
     torch._dynamo.config.recompile_limit = 64  # all stages share one forward(), and each needs it compiled anew
-    for stage in (*model.input_blocks, model.middle_block, *model.output_blocks):
+    for stage in stages(model):
         stage.compile(dynamic=False)
 
 
@@ -573,7 +581,9 @@ def make_optimizer(config, model, device):
     """AdamW and the scaler that fp16 needs; the write-up's 8-bit AdamW where it is asked for. Raises UserError where
     torchao is missing."""
     optimizer, scaler = common.make_optimizer(config, model, device)
-    if config.optimizer == "adamw8bit" or (config.optimizer == "auto" and device.type == "cuda"):
+    if config.fsdp and config.optimizer == "adamw8bit":
+        raise UserError("--optimizer adamw8bit does not go with --fsdp; take adamw")
+    if config.optimizer == "adamw8bit" or (config.optimizer == "auto" and device.type == "cuda" and not config.fsdp):
         try:
             from torchao.optim import AdamW8bit
         except ImportError:
@@ -587,8 +597,7 @@ def make_optimizer(config, model, device):
 
 def train(config):
     """Train from nothing, or go on with --resume; what is left behind is a run folder. Raises UserError."""
-    device = common.pick_device(config.device)
-    precision = common.pick_precision(config.precision, device)
+    device, precision = common.set_up(config)
     for given, stage, flag in (
         (config.exclude_tags, "exclude", "--exclude-tags"),
         (config.start, "finetune", "--from"),
@@ -607,13 +616,14 @@ def train(config):
     vae = partner(config.vae, run.header, device)
 
     torch.manual_seed(config.seed)
-    model = build_model(config, channels, size).to(device)
+    model = build_model(config, channels, size)
     if weights:
         load_into(model, weights, config.start)
     run.tell_skipped(skipped)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
+    trained = common.spread(config, model, ema, device, stages)
     optimizer, scaler = make_optimizer(config, model, device)
-    if config.resume:
+    if run.resume:
         run.load(model, ema, optimizer, scaler)
     if common.worth_compiling(config, device):
         compile_stages(model)
@@ -625,14 +635,14 @@ def train(config):
         while not run.done:
             costs, times = [], []
             index = common.batch_index(config, len(chosen), run.step)
-            for part in range(config.grad_accum):
+            for rows in common.passes(config, trained):
                 # Neither data nor noise knows the objective: both learn from the same.
-                draw = generator(config.seed, run.step, part, 1)
-                x = data.batch([chosen[i] for i in index[part :: config.grad_accum]], draw)
-                noise, u = torch.randn(x.shape, generator=draw), torch.rand(len(x), generator=draw)
-                torch.manual_seed(generator(config.seed, run.step, part, 2).initial_seed())  # dropout's
+                draw = Draw(config.batch_size, config.seed, run.step, 1, rows=rows)
+                x = data.batch([chosen[i] for i in index[rows]], draw)
+                noise, u = draw.randn(*x.shape[1:]), draw.rand()
+                torch.manual_seed(generator(config.seed, run.step, rows.start, 2).initial_seed())  # dropout's
                 with autocast(device, precision):
-                    cost, t = LOSSES[config.objective](config, model, x.to(device), noise.to(device), u.to(device))
+                    cost, t = LOSSES[config.objective](config, trained, x.to(device), noise.to(device), u.to(device))
                 scaler.scale(cost.mean() / config.grad_accum).backward()
                 costs.append(cost.detach())
                 times.append(t)

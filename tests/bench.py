@@ -3,14 +3,19 @@
 Run it on a quiet machine. Nothing here is a test: timings vary, ratios less so.
 """
 
+import concurrent.futures
 import copy
 import dataclasses
 import functools
 import gc
 import itertools
+import json
 import math
+import os
+import random
 import re
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -21,6 +26,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -60,8 +67,8 @@ def training_step(config, precision, device, compiled=False):
     data = jit_lab.Dataset(rgb, torch.ones(64, dtype=torch.bool))
 
     def step(number):
-        x, mask, top, left = jit_lab.draw_batch(config, data, 0, 0, device)
-        t = jit_lab.draw_times(config, len(x), common.generator(0, device=device))
+        x, mask, top, left = jit_lab.draw_batch(config, data, 0, slice(None), device)
+        t = jit_lab.draw_times(config, common.Draw(len(x), 0, device=device))
         x_t = common.flow_point(torch.randn_like(x), x, t)
         with common.autocast(device, precision):
             output = model(x_t, t, torch.zeros(len(x), dtype=torch.long, device=device), top, left)
@@ -101,7 +108,7 @@ def text_training_step(config, precision, device, compiled=False):
     text = torch.randint(0, 800, (config.batch_size, 6), device=device)
 
     def loss():
-        return dit_t2i.flow_loss(config, model, x, text, common.generator(0, device=device))
+        return dit_t2i.flow_loss(config, model, x, text, common.Draw(len(x), 0, device=device))
 
     return whole_step(config, precision, device, model, loss)
 
@@ -276,7 +283,7 @@ def bench_text_memory(device):
 
         def step(model=model, config=config, x=x, text=text):
             with torch.autocast("cpu", torch.bfloat16):
-                cost, _ = dit_t2i.flow_loss(config, model, x, text, common.generator(0))
+                cost, _ = dit_t2i.flow_loss(config, model, x, text, common.Draw(len(x), 0))
             cost.mean().backward()
             print(f"loss {cost.mean().item():.9f}", end=", ")
 
@@ -557,8 +564,141 @@ def bench_serpentine_scan(device):
     print(f"with the way back {1000 * both['scan']:.1f} ms, {both['loop'] / both['scan']:.0f} x")
 
 
+SERVER = """
+import sys, time
+sys.path.insert(0, "tests")
+from webserver import Server
+content = open(sys.argv[1], "rb").read()
+with Server(latency=0.05, content=lambda number: content) as server:
+    print(server.address, flush=True)
+    time.sleep(600)
+"""
+
+
+def bench_stream(device):
+    """Pictures of 256 pixels a second from a server that takes 50 ms to answer, fetched by one thread and by 16; and
+    decoded, without any web."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, names = Path(folder) / "face.jpg", f"{folder}/lines.jsonl"
+        common.draw_face(0, 256)[0].save(path, quality=90)
+        server = subprocess.Popen(
+            [sys.executable, "-c", SERVER, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        address, speed = server.stdout.readline().strip(), {}
+        try:
+            lines = [{"url": f"{address}/good/{n}", "caption": "a face"} for n in range(10_000)]
+            Path(names).write_text("\n".join(map(json.dumps, lines)))
+            for threads in (1, 16):
+                config = dit_t2i.Config(stream=names, image_size=256, threads=threads, per_host=threads, cache_gb=0.0)
+                config.private_hosts = True
+                with dit_t2i.Stream(config, folder) as stream:
+                    for _ in range(5 * threads):
+                        stream.sample()
+                    start, count = time.perf_counter(), 60 * threads
+                    for _ in range(count):
+                        stream.sample()
+                    speed[threads] = count / (time.perf_counter() - start)
+                    print(f"{threads} threads: {speed[threads]:.0f} pictures/s")
+        finally:
+            server.kill()
+        content = path.read_bytes()
+        pool = concurrent.futures.ThreadPoolExecutor(16)
+        start = time.perf_counter()
+        list(pool.map(lambda _: dit_t2i.decode_picture(content, 256), range(2000)))
+        print(f"decoded from memory: {2000 / (time.perf_counter() - start):.0f} pictures/s")
+    print(f"16 threads fetch {speed[16] / speed[1]:.1f} x what one does")
+
+
+def bench_restarts(device):
+    """kill -9 of one of two processes at random moments, 20 times, under torchrun --max-restarts."""
+    kills, every, steps, rng = 20, 10, 12_000, random.Random(0)
+    small = "--image-size 16 --depth 2 --num-heads 2 --head-dim 8 --text-dim 16 --batch-size 8 --precision fp32"
+    with tempfile.TemporaryDirectory() as folder:
+        state, data = Path(folder) / "run" / "state.safetensors", Path(folder) / "data"
+        data.mkdir()
+        for i in range(32):
+            common.draw_face(i, 16)[0].save(data / f"{i}.png")
+            (data / f"{i}.txt").write_text("a face")
+        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        words += [f"--max-restarts={kills}", str(ROOT / "dit_t2i.py"), "train", *small.split(), f"--data={data}"]
+        words += [f"--out={state.parent}", f"--steps={steps}", f"--checkpoint-every={every}", "--device=cpu"]
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        with open(Path(folder) / "log", "w") as log:
+            job = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+        def attempts():
+            return re.findall(r"(fresh run|resumed at step \d+)", (Path(folder) / "log").read_text())
+
+        reached, lost, begun = 0, [], 0
+        for _ in range(kills):
+            early = rng.random() < 0.2  # while the processes still look for each other
+            while job.poll() is None and not early and len(attempts()) == begun:
+                time.sleep(0.05)
+            time.sleep(rng.uniform(0, 4))
+            for told in attempts()[begun:]:
+                lost.append(reached - int(told.split()[-1]) if "resumed" in told else 0)
+            begun = len(attempts())
+            workers = subprocess.run(["ps", "-o", "pid=", "--ppid", str(job.pid)], capture_output=True, text=True)
+            if job.poll() is None and workers.stdout.split():
+                os.kill(int(rng.choice(workers.stdout.split())), signal.SIGKILL)
+                time.sleep(0.3)
+                reached = common.load_tensors(state)[1]["step"] if state.exists() else 0
+        code, step = job.wait(), common.load_tensors(state)[1]["step"]
+        print(f"{kills} kills, {begun} attempts that began to train; exit code {code} at step {step} of {steps};")
+        print(f"steps between the last checkpoint and where the next attempt went on: at most {max(map(abs, lost))}")
+
+
+def kept_for_backward(config, batch):
+    """(bytes that a training step of `batch` pictures keeps for its way back beside the float32 weights, FLOPs there
+    and back), from shapes alone: nothing is computed."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        model = dit_t2i.build_model(config, 4, 32, 0)
+        x, t, text = torch.randn(batch, 4, 32, 32), torch.rand(batch), torch.randn(batch, 77, 768)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu"):
+            loss = model(x, t, text).square().mean()
+        for p in model.parameters():
+            kept.pop(p.untyped_storage()._cdata, None)
+        loss.backward()
+    return sum(kept.values()), counter.get_total_flops()
+
+
+def bench_scale(device, gpus=8, batch=8, flops=989e12, share=0.4):
+    """What sizes of the dual-stream transformer cost: COMPUTED from its shapes, for `batch` pictures on each GPU as
+    latents of 32 x 32 with 77 tokens of text, on GPUs of so many FLOP/s of which training gets a share. Weights,
+    gradients, two moments and averages take 20 bytes a parameter."""
+    print(
+        f"| parameters | layers x width | 1 GPU, or DDP | FSDP on {gpus} | ... layers computed twice | image tokens/s |"
+    )
+    for depth, heads in ((12, 12), (16, 16), (24, 20), (28, 28)):
+        given = dict(preset="paper", depth=depth, num_heads=heads)
+        config = common.make_config(dit_t2i.Config, given, dit_t2i.PRESETS)
+        kept = {}
+        for twice in (False, True):
+            config.checkpoint_activations = twice
+            one, work = kept_for_backward(config, 1)
+            more, _ = kept_for_backward(config, 2)
+            kept[twice] = one + (batch - 1) * (more - one)
+            if not twice:
+                speed = 256 * flops * share / work
+        with torch.device("meta"):
+            model = dit_t2i.build_model(config, 4, 32, 0)
+        count = sum(p.numel() for p in model.parameters())
+        layer = sum(p.numel() for p in model.layers[0].parameters())
+        shards = 20 * count / gpus + 8 * layer  # two layers are whole at a time, one at work and one on its way
+        cells = [f"{count / 1e6:,.0f} M", f"{depth} x {64 * heads}", f"{(20 * count + kept[False]) / 2**30:.1f} GiB"]
+        cells += [f"{(shards + kept[twice]) / 2**30:.1f} GiB" for twice in (False, True)]
+        print("|", " | ".join([*cells, f"{speed:,.0f}"]), "|")
+
+
 NAMES = "attention demo paper sample data text_demo text_paper text_memory text_vae text_sample text_solvers"
 NAMES += " unet_demo unet_paper unet_peer serpentine_demo serpentine_paper serpentine_block serpentine_scan"
+NAMES += " stream restarts scale"
 
 if __name__ == "__main__":
     common.keep_freed_memory()

@@ -1,5 +1,6 @@
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+import common
+import dit_t2i
 import jit_lab
 
 ROOT = Path(__file__).parent.parent
@@ -51,6 +55,20 @@ def folder(tmp_path):
             pixels[:] = pixels[..., :1]
         Image.fromarray(pixels).resize((16, 16), Image.NEAREST).save(path / f"{i:02d}.png")
     return path
+
+
+@pytest.fixture
+def partners(tmp_path):
+    """A tiny VAE and a tiny CLIP with the published tokenizer, as files: (VAE, folder of CLIP)."""
+    torch.manual_seed(0)
+    vae = common.AutoencoderKL(widths=(32, 32, 32, 32))
+    save_file(vae.state_dict(), tmp_path / "vae.safetensors")
+    clip = dit_t2i.ClipTextEncoder(dim=64, hidden=64, depth=1)
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    save_file({f"text_model.{k}": v for k, v in clip.state_dict().items()}, folder / "model.safetensors")
+    shutil.copy(FIXTURES / "clip_merges.txt.gz", folder / "merges.txt.gz")
+    return tmp_path / "vae.safetensors", folder
 
 
 @pytest.fixture

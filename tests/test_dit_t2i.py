@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import shutil
 
 import pytest
 import torch
@@ -445,29 +444,29 @@ def test_loss_is_zero_for_the_right_velocity_and_only_for_it():
         seen["t"] = t
         return (z - x) / t.view(-1, 1, 1, 1)
 
-    costs, t = dit_t2i.flow_loss(config, right, x, None, common.generator(3))
+    costs, t = dit_t2i.flow_loss(config, right, x, None, common.Draw(6, 3))
     assert costs.max() < 1e-6 and torch.equal(t, seen["t"])
     for wrong in (lambda *a: -right(*a), lambda z, t, text: x, lambda z, t, text: z - x):
-        assert dit_t2i.flow_loss(config, wrong, x, None, common.generator(3))[0].min() > 1e-2
+        assert dit_t2i.flow_loss(config, wrong, x, None, common.Draw(6, 3))[0].min() > 1e-2
 
 
 def test_training_times_follow_their_law():
     config = Config(time_mean=0.7, time_std=0.5, time_min=0.0)
     zero = lambda z, t, text: torch.zeros_like(z)  # noqa: E731
-    _, t = dit_t2i.flow_loss(config, zero, torch.zeros(20_000, 1, 1, 1), None, common.generator(0))
+    _, t = dit_t2i.flow_loss(config, zero, torch.zeros(20_000, 1, 1, 1), None, common.Draw(20_000, 0))
     normal = torch.logit(t)
     assert abs(normal.mean() - 0.7) < 0.02 and abs(normal.std() - 0.5) < 0.02
     config = dataclasses.replace(config, time_fall=2.0)
-    _, t = dit_t2i.flow_loss(config, zero, torch.zeros(20_000, 1, 1, 1), None, common.generator(0), 0.75)
+    _, t = dit_t2i.flow_loss(config, zero, torch.zeros(20_000, 1, 1, 1), None, common.Draw(20_000, 0), 0.75)
     assert abs(torch.logit(t).mean() + 0.8) < 0.02
-    _, t = dit_t2i.flow_loss(Config(time_min=0.4), zero, torch.zeros(500, 1, 1, 1), None, common.generator(0))
+    _, t = dit_t2i.flow_loss(Config(time_min=0.4), zero, torch.zeros(500, 1, 1, 1), None, common.Draw(500, 0))
     assert t.min() == pytest.approx(0.4) and t.max() > 0.6
     for changes in (dict(arch="joint"), dict(time_law="uniform"), dict(arch="joint", time_min=0.0)):
         config = Config(**changes)
-        _, t = dit_t2i.flow_loss(config, zero, torch.zeros(20_000, 1, 1, 1), None, common.generator(0))
+        _, t = dit_t2i.flow_loss(config, zero, torch.zeros(20_000, 1, 1, 1), None, common.Draw(20_000, 0))
         assert (t.sort()[0] - torch.linspace(config.time_min, 1, 20_000)).abs().max() < 0.015  # Kolmogorov's test
     config = Config(arch="joint", time_law="normal", time_mean=3.0)
-    _, t = dit_t2i.flow_loss(config, zero, torch.zeros(2000, 1, 1, 1), None, common.generator(0))
+    _, t = dit_t2i.flow_loss(config, zero, torch.zeros(2000, 1, 1, 1), None, common.Draw(2000, 0))
     assert t.mean() > 0.8
 
 
@@ -569,7 +568,7 @@ def test_training_never_shows_the_colours_that_are_held_out(emoji):
     assert all((thing, None) in shown and (thing, "brown") in shown for thing in SHAPES)
     _, data, held_out, _ = dit_t2i.load_data(Config(data="emoji", image_size=32))
     assert data.pairs == seen.pairs and held_out.pairs == kept_back.pairs
-    _, captions = seen.batch(list(range(len(seen))) * 20, common.generator(0))
+    _, captions = seen.batch(list(range(len(seen))) * 20, common.Draw(20 * len(seen), 0))
     # "dog face" neither: that would be a red dog.
     assert not any(f"{hue} {thing}" in caption for hue in dit_t2i.HUES for thing in held for caption in captions)
 
@@ -577,7 +576,7 @@ def test_training_never_shows_the_colours_that_are_held_out(emoji):
 def test_colours_and_things_of_true_pictures_are_recognised(emoji):
     data = emoji
     index = [i for i, (_, colour) in enumerate(data.pairs) if colour in dit_t2i.HUES]
-    x, captions = data.batch(index, common.generator(0))
+    x, captions = data.batch(index, common.Draw(len(index), 0))
     on_white = [k for k, caption in enumerate(captions) if "background" not in caption]
     rgb = (x[on_white] + 1) / 2
     colours = [data.pairs[index[k]][1] for k in on_white]
@@ -589,7 +588,7 @@ def test_colours_and_things_of_true_pictures_are_recognised(emoji):
 
 def test_captions_of_emoji_tell_the_truth(emoji):
     data = emoji
-    x, captions = data.batch([*range(len(data))] * 5, common.generator(1))
+    x, captions = data.batch([*range(len(data))] * 5, common.Draw(5 * len(data), 1))
     words = Words.learn(data.all_captions(), 16)
     white, grounds = 0, set()
     for picture, caption in zip((x + 1) / 2, captions):
@@ -673,7 +672,7 @@ def test_captions_come_from_metadata_and_side_cars(captioned):
     assert len(data) + len(held_out) == 29 and len(held_out) == 1
     assert set(data.index).isdisjoint(held_out.index)
     assert len(skipped) == 1 and skipped[0].endswith("29.png: no caption")
-    x, captions = data.batch(range(len(data)), common.generator(0))
+    x, captions = data.batch(range(len(data)), common.Draw(len(data), 0))
     assert sum("tile" in caption for caption in captions) in (8, 9)
     for picture, caption in zip(x, captions):
         channel = ["red", "green", "blue"].index(next(w for w in caption.split() if w in ("red", "green", "blue")))
@@ -899,20 +898,6 @@ def test_config_survives_its_checkpoint(weights):
 
 
 @pytest.fixture
-def partners(tmp_path):
-    """A tiny VAE and a tiny CLIP with the published tokenizer, as files: (VAE, folder of CLIP)."""
-    torch.manual_seed(0)
-    vae = common.AutoencoderKL(widths=(32, 32, 32, 32))
-    save_file(vae.state_dict(), tmp_path / "vae.safetensors")
-    clip = dit_t2i.ClipTextEncoder(dim=64, hidden=64, depth=1)
-    folder = tmp_path / "clip"
-    folder.mkdir()
-    save_file({f"text_model.{k}": v for k, v in clip.state_dict().items()}, folder / "model.safetensors")
-    shutil.copy(FIXTURES / "clip_merges.txt.gz", folder / "merges.txt.gz")
-    return tmp_path / "vae.safetensors", folder
-
-
-@pytest.fixture
 def prepare(captioned, partners, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (captioned / "broken.png").write_bytes(b"no picture")
@@ -938,7 +923,7 @@ def test_prepared_shards_hold_what_the_encoders_say(prepare, partners, captioned
     assert "29 samples in shards" in out and "skipped 2" in out and "29.png: no caption" in out and "broken.png" in out
     data = dit_t2i.ShardSet("shards")
     assert len(data) == 29
-    latents, text = data.batch([28, 0], common.generator(0))
+    latents, text = data.batch([28, 0], common.Draw(2, 0))
     vae, clip = common.load_vae(partners[0]), dit_t2i.Clip(partners[1])
     for i, row in ((28, 0), (0, 1)):
         picture = torch.from_numpy(common.read_picture(captioned / f"{i:02d}.png", 16).copy()).permute(2, 0, 1)[None]
@@ -949,7 +934,7 @@ def test_prepared_shards_hold_what_the_encoders_say(prepare, partners, captioned
     ids = clip.tokenizer(["a cat"])
     assert torch.equal(clip(["a cat"]), clip.model(ids, mask_padding=True))
     assert not torch.equal(clip(["a cat"]), clip.model(ids))
-    flipped, _ = dit_t2i.ShardSet("shards", flip=1.0).batch([28, 0], common.generator(0))
+    flipped, _ = dit_t2i.ShardSet("shards", flip=1.0).batch([28, 0], common.Draw(2, 0))
     assert torch.equal(flipped, latents.flip(-1))
 
 

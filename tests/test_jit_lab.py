@@ -192,7 +192,7 @@ def test_monochrome_pictures_send_no_gradient_into_chroma_and_full_gradient_into
     config = tiny_config(color_fraction=0.5, full_image_prob=1.0, batch_size=32)
     rgb = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8)
     data = Dataset(rgb, torch.arange(40) < 20)
-    x, mask, *_ = jit_lab.draw_batch(config, data, 0, 0, "cpu")
+    x, mask, *_ = jit_lab.draw_batch(config, data, 0, slice(None), "cpu")
     grey = (x[:, 1:].abs().amax(dim=(1, 2, 3)) == 0).view(-1)
     assert 2 < grey.sum() < 30
     output = torch.randn_like(x, requires_grad=True)
@@ -216,14 +216,14 @@ def test_a_tenth_keeps_its_colour_by_seed_alone_and_grey_files_are_recognised(fo
 
 def test_set_without_any_colour_learns_to_have_none(tiny_config):
     data = Dataset(torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8), torch.zeros(4, dtype=torch.bool))
-    x, mask, *_ = jit_lab.draw_batch(tiny_config(batch_size=4), data, 0, 0, "cpu")
+    x, mask, *_ = jit_lab.draw_batch(tiny_config(batch_size=4), data, 0, slice(None), "cpu")
     assert (x[:, 1:] == 0).all() and (mask == 1).all()
 
 
 def test_rgb_space_is_what_the_file_shows(tiny_config):
     data = Dataset(torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8), torch.ones(1, dtype=torch.bool))
     config = tiny_config(space="rgb", batch_size=1, full_image_prob=1.0)
-    x, *_ = jit_lab.draw_batch(config, data, 0, 0, "cpu")
+    x, *_ = jit_lab.draw_batch(config, data, 0, slice(None), "cpu")
     assert (jit_lab.to_rgb(config, x) - data.rgb / 255).abs().max() < 1e-3
 
 
@@ -245,7 +245,7 @@ def test_batch_holds_the_pixels_of_its_crop(tiny_config):
     data = Dataset(rgb, torch.ones(1, dtype=torch.bool))
     seen = set()
     for step in range(40):
-        x, _, top, left = jit_lab.draw_batch(config, data, step, 0, "cpu")
+        x, _, top, left = jit_lab.draw_batch(config, data, step, slice(None), "cpu")
         expected = rgb[:, :, top * 4 : top * 4 + 8, left * 4 : left * 4 + 8] / 255
         assert torch.allclose(jit_lab.lab_to_rgb(x), expected, atol=1e-3)
         seen.add((top, left))
@@ -257,21 +257,24 @@ def test_colour_is_drawn_three_times_as_often(tiny_config):
     rgb[:10, 0] = 255  # the ten in colour are red
     data = Dataset(rgb, torch.arange(100) < 10)
     config = tiny_config(batch_size=6000, full_image_prob=1.0)
-    x, mask, *_ = jit_lab.draw_batch(config, data, 0, 0, "cpu")
+    x, mask, *_ = jit_lab.draw_batch(config, data, 0, slice(None), "cpu")
     share = (x[:, 1, 0, 0] > 0.1).float().mean().item()
     assert abs(share - 30 / 120) < 0.03
     assert ((mask[:, 1, 0, 0] == 1) == (x[:, 1, 0, 0] > 0.1)).all()
 
 
-def test_draws_depend_on_seed_step_and_part_alone(folder, tiny_config):
+def test_draws_depend_on_seed_and_step_alone(folder, tiny_config):
     config = tiny_config(data=str(folder), batch_size=8)
     data, _ = jit_lab.load_dataset(config)
-    first = jit_lab.draw_batch(config, data, 5, 0, "cpu")
+    first = jit_lab.draw_batch(config, data, 5, slice(None), "cpu")
     torch.rand(100)  # somebody else's randomness
-    again = jit_lab.draw_batch(config, data, 5, 0, "cpu")
+    again = jit_lab.draw_batch(config, data, 5, slice(None), "cpu")
     assert torch.equal(first[0], again[0]) and first[2:] == again[2:]
-    others = [jit_lab.draw_batch(config, data, *key, "cpu")[0] for key in ((6, 0), (5, 1))]
-    assert all(o.shape != first[0].shape or not torch.equal(o, first[0]) for o in others)
+    other = jit_lab.draw_batch(config, data, 6, slice(None), "cpu")[0]
+    assert other.shape != first[0].shape or not torch.equal(other, first[0])
+    parts = [jit_lab.draw_batch(config, data, 5, slice(part, None, 2), "cpu") for part in (0, 1)]
+    assert all(part[2:] == first[2:] for part in parts)  # all passes and processes cut the same place
+    assert all(torch.equal(part[0], first[0][k::2]) for k, part in enumerate(parts))
 
 
 # ---- the flow ----
@@ -354,9 +357,9 @@ def test_velocity_loss_is_the_text_of_the_post_and_data_loss_its_code(tiny_confi
 
 
 def test_training_times_follow_their_law(tiny_config):
-    normal = torch.logit(jit_lab.draw_times(tiny_config(time_mean=-0.8, time_std=0.6), 20_000, common.generator(0)))
+    normal = torch.logit(jit_lab.draw_times(tiny_config(time_mean=-0.8, time_std=0.6), common.Draw(20_000, 0)))
     assert abs(normal.mean() + 0.8) < 0.02 and abs(normal.std() - 0.6) < 0.02
-    flat = jit_lab.draw_times(tiny_config(time="uniform"), 20_000, common.generator(0))
+    flat = jit_lab.draw_times(tiny_config(time="uniform"), common.Draw(20_000, 0))
     assert (torch.histc(flat, 10, 0, 1) / 2000 - 1).abs().max() < 0.1
 
 

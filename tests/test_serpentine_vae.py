@@ -687,7 +687,7 @@ def interrupted_after(steps):
     honest = common.Run.due
 
     def due(run):
-        run.interrupted = run.step >= steps
+        run.asked_to_stop = run.step >= steps
         return honest(run)
 
     return due
@@ -784,7 +784,7 @@ def test_training_learns(pictures, tmp_path):
     [
         (dict(image_size=30), "no multiple of 8"),
         (dict(width=20), "multiple of 8"),
-        (dict(grad_accum=3), "does not divide"),
+        (dict(grad_accum=3), "is no multiple of 3"),
         (dict(vae="nowhere"), "no weights"),
     ],
 )

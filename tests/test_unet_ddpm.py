@@ -434,7 +434,7 @@ def test_excluded_pictures_are_never_seen_and_finetuning_sees_no_others(train, t
 def test_folded_pictures_are_mirrored_pixel_by_pixel():
     pictures = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
     data = unet_ddpm.Pixels(pictures, "abc", [[], [], []], 4, flip=1.0)
-    rgb = unet_ddpm.to_rgb(Config(fold=4), None, data.batch([0, 1, 2], common.generator(0)))
+    rgb = unet_ddpm.to_rgb(Config(fold=4), None, data.batch([0, 1, 2], common.Draw(3, 0)))
     assert torch.allclose(rgb, pictures.flip(-1) / 255, atol=1e-6)
     assert torch.allclose(unet_ddpm.to_rgb(Config(fold=4), None, data.batch([0, 1, 2])), pictures / 255, atol=1e-6)
 
@@ -518,7 +518,7 @@ def test_resumed_run_ends_with_the_same_bits(train, tmp_path, monkeypatch, objec
     train(tmp_path / "whole", **same)
 
     def due(self, honest=common.Run.due):
-        self.interrupted = self.step == 3
+        self.asked_to_stop = self.step == 3
         return honest(self)
 
     with monkeypatch.context() as patch:

@@ -1,0 +1,263 @@
+"""Training in many processes: torchrun's jobs give what one process gives, end with a reason, and go on."""
+
+import csv
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY_FLAGS
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from webserver import Server, write_shards
+
+import common
+import dit_t2i
+
+SMALL = {
+    "jit_lab.py": TINY_FLAGS,
+    "dit_t2i.py": "--image-size 16 --depth 2 --num-heads 2 --head-dim 8 --text-dim 16".split(),
+    "unet_ddpm.py": "--image-size 16 --model-channels 32 --num-head-channels 32 --num-res-blocks 1".split(),
+    "serpentine_vae.py": "--image-size 32 --width 16 --depth 1 --multipliers 1".split(),
+    "serpentine_vae.py train-vae": "--image-size 16 --channels 4 --vae-width 8".split(),
+}
+SMALL["unet_ddpm.py"] += "--channel-mult 1 --attention-resolutions 8".split()
+SMALL["serpentine_vae.py"] += ["--vae", str(ROOT / "weights" / "serpentine_vae.safetensors")]
+
+
+def make_pictures(folder):
+    """24 captioned pictures of noise."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{i:02d}.png")
+        (folder / f"{i:02d}.txt").write_text(f"a {'red green blue'.split()[i % 3]} tile")
+    return folder
+
+
+@pytest.fixture
+def captioned(tmp_path):
+    return make_pictures(tmp_path / "pictures")
+
+
+def torchrun(processes, *words):
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, *words]
+
+
+# What torchrun starts below: several trainings, one after the other, to start the processes only once.
+TRAININGS = """
+import importlib, json, os, sys
+os._exit = lambda code: None  # with which one would end
+for file, words in json.loads(open(sys.argv[1]).read()):
+    code = importlib.import_module(file).main(words)
+    if code:
+        sys.exit(code)
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Each system trained for twenty steps by one process, by two with accumulation, and by two with --fsdp; and one
+    run handed on from two processes to two sharded ones and to one. Returns the folder with their run folders."""
+    folder = tmp_path_factory.mktemp("trained")
+    data, jobs = make_pictures(folder / "pictures"), []
+    same = dict(decay="none", warmup=0, ema=0.9, time_fall=0)  # with nothing that knows the budget
+    for file in SMALL:
+        name, *verb = file.split()
+        for kind, more in (("ddp", ["--grad-accum", "2"]), ("fsdp", ["--fsdp"])):
+            words = flags(data, folder / f"{file}-{kind}", 20, file, ema=0.9) + more
+            jobs.append([name.removesuffix(".py"), [*(verb or ["train"]), *words]])
+    jobs.append(["dit_t2i", ["train", *flags(data, folder / "parts", 10, "dit_t2i.py", **same)]])
+    more = ["--resume", "--fsdp"]
+    jobs.append(["dit_t2i", ["train", *flags(data, folder / "parts", 20, "dit_t2i.py", **same), *more]])
+    server = Server()
+    rows = [{"url": f"{server.address}/good/{n}", "caption": f"picture {n}"} for n in range(60)]
+    words = flags(data, folder / "stream", 10, "dit_t2i.py", stream=write_shards(folder / "shards", rows, 7))
+    jobs.append(["dit_t2i", ["train", *words, "--private-hosts", "--threads", "2"]])
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    (folder / "trainings.py").write_text(TRAININGS)
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    words = list(map(str, torchrun(2, folder / "trainings.py", folder / "jobs.json")))
+    with server:
+        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    (folder / "asked.json").write_text(json.dumps(server.asked))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("fresh run") == len(jobs) - 1  # the first process alone speaks
+    for file in SMALL:
+        name, *verb = file.split()
+        words = [*(verb or ["train"]), *flags(data, folder / f"{file}-one", 20, file, ema=0.9)]
+        assert importlib.import_module(name.removesuffix(".py")).main(words) == 0
+    for name, more in (("parts", ["--resume"]), ("whole", [])):
+        assert dit_t2i.main(["train", *flags(data, folder / name, 30, "dit_t2i.py", **same), *more]) == 0
+    return folder
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Start a file's train, in one process or under torchrun; returns the process."""
+    started = []
+
+    def run(file, *words, processes=1, options=()):
+        words = [*(torchrun(processes, *options) if processes > 1 else [sys.executable]), ROOT / file, "train", *words]
+        environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            list(map(str, words)), cwd=tmp_path, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def ended(process, code=0):
+    out, err = process.communicate(timeout=150)
+    assert process.returncode == code, err[-3000:]
+    return out, err
+
+
+def log_of(folder):
+    with open(folder / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def header_of(path):
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["config"])
+
+
+def flags(folder, out, steps, file, **changes):
+    given = dict(data=folder, out=out, steps=steps, batch_size=8, device="cpu", precision="fp32", checkpoint_every=5)
+    given |= changes
+    return SMALL[file] + [str(word) for k, v in given.items() for word in ("--" + k.replace("_", "-"), v)]
+
+
+@pytest.mark.parametrize("file", SMALL)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_learn_what_one_learns(trained, file, kind):
+    one, two = (log_of(trained / f"{file}-{name}") for name in ("one", kind))
+    assert [row["step"] for row in two] == ["10", "20"] and [row["images"] for row in two] == ["80", "160"]
+    assert float(one[0]["loss"]) != float(one[1]["loss"])
+    for a, b in zip(one, two):
+        assert abs(float(a["loss"]) - float(b["loss"])) < 1e-5
+        assert abs(float(a["grad_norm"]) / float(b["grad_norm"]) - 1) < 1e-3
+    same_weights(*(trained / f"{file}-{name}" / "model.safetensors" for name in ("one", kind)))
+
+
+def same_weights(one, other):
+    a, b = load_file(one), load_file(other)
+    assert a.keys() == b.keys() and max((a[key] - b[key]).abs().max() for key in a) < 1e-3
+
+
+def test_another_number_of_processes_goes_on(trained):
+    """Ten steps in two processes, ten in two sharded ones, ten in one: as thirty in one."""
+    whole, parts = log_of(trained / "whole"), log_of(trained / "parts")
+    assert [row["step"] for row in parts] == ["10", "20", "30"]
+    for a, b in zip(whole, parts):
+        assert abs(float(a["loss"]) - float(b["loss"])) < 1e-5
+    same_weights(*(trained / name / "state.safetensors" for name in ("whole", "parts")))
+
+
+def test_processes_share_a_stream(trained):
+    """Eighty pictures of sixty lines: each line once, and twenty or so, of the second pass, again."""
+    state, asked = header_of(trained / "stream" / "state.safetensors"), json.loads((trained / "asked.json").read_text())
+    counts, rule = state["stream"]["counts"], state["stream"]["rules"][0]
+    assert sum(counts.values()) == counts["fetched"] + counts.get("from the cache", 0) == 80
+    assert len(rule["next"]) == 2 and len(asked) == 60
+    done = [
+        sum(dit_t2i.passed(rule, [turn, shard, line]) for shard, lines in enumerate(lengths) for line in range(lines))
+        for turn, lengths in enumerate(shard_lengths(trained / "shards", turns=3))
+    ]
+    assert sum(done) == 80 and done[0] <= 60
+
+
+def shard_lengths(folder, turns):
+    """How many lines the shards have, in the order of each pass over them."""
+    lengths = [len(path.read_text().splitlines()) for path in sorted(folder.iterdir())]
+    return [[lengths[i] for i in common.epoch_order(0, turn, len(lengths))] for turn in range(turns)]
+
+
+def test_accumulation_changes_nothing(captioned, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, parts in (("one", 1), ("four", 4)):
+        assert dit_t2i.main(["train", *flags(captioned, name, 10, "dit_t2i.py", grad_accum=parts)]) == 0
+    one, four = (float(log_of(tmp_path / name)[0]["loss"]) for name in ("one", "four"))
+    assert abs(one - four) < 1e-6
+
+
+def test_killed_process_ends_the_attempt_and_torchrun_goes_on_from_the_last_checkpoint(captioned, launch, tmp_path):
+    """kill -9 of one process, twice: the first time there is another attempt, the second time there is none left."""
+    file, out, every = "dit_t2i.py", tmp_path / "run", 5
+    words = flags(captioned, out, 1000, file, checkpoint_every=every)
+    job, reached = launch(file, *words, processes=2, options=["--max-restarts", "1"]), [0]
+    for number in range(2):
+        deadline = time.time() + 60
+        while time.time() < deadline:
+            reached.append(header_of(out / "state.safetensors")["step"] if (out / "state.safetensors").exists() else 0)
+            if reached[-1] > reached[0] + 2 * every:
+                break
+            time.sleep(0.05)
+        os.kill(children(job.pid)[number], signal.SIGKILL)
+        reached = [reached[-1]] + [header_of(out / "state.safetensors")["step"]] * (number == 0)
+    told, err = ended(job, 1)
+    assert "Signal 9 (SIGKILL)" in err
+    resumed = int(told.split("resumed at step ")[1].split()[0])
+    assert told.count("resumed at step") == 1 and resumed > 0 and resumed % every == 0
+    step = header_of(out / "state.safetensors")["step"]
+    assert resumed < step < 1000
+    out_again, _ = ended(launch(file, *flags(captioned, out, step + 10, file, checkpoint_every=every), "--resume"))
+    assert f"resumed at step {step}" in out_again
+    steps = [int(row["step"]) for row in log_of(out)]
+    assert steps == sorted(set(steps)) and steps[-1] == step + 10
+
+
+def children(pid):
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    return sorted(map(int, listed.split()))
+
+
+def test_mistake_ends_the_job_with_its_reason(captioned, launch, tmp_path):
+    file = "jit_lab.py"
+    _, err = ended(launch(file, *flags(captioned, "run", 5, file, batch_size=9), processes=2), 1)
+    assert "error: a batch of 9 is no multiple of 2, --grad-accum times processes" in err
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("dear")
+    words = flags(captioned, "full", 5, file)
+    _, err = ended(launch(file, *words, processes=2, options=["--max-restarts", "1"]), 1)
+    assert err.count("error: full holds files but no checkpoint") == 2  # and again when torchrun tried anew
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["letter.txt"]
+    _, err = ended(launch(file, *flags(captioned, "run", 5, file), "--fsdp"), 2)
+    assert "start them with torchrun" in err and "Traceback" not in err
+
+
+def test_ctrl_c_saves_in_all_processes_at_one_step(captioned, launch, tmp_path):
+    file, out = "dit_t2i.py", tmp_path / "run"
+    job = launch(file, *flags(captioned, out, 5000, file), processes=2)
+    while not (out / "state.safetensors").exists():
+        assert job.poll() is None
+        time.sleep(0.05)
+    os.killpg(job.pid, signal.SIGINT)  # as a terminal does
+    told, err = job.communicate(timeout=60)
+    step = header_of(out / "state.safetensors")["step"]
+    assert f"stopped and saved at step {step}" in told and "torchrun --nproc-per-node 2" in told
+    assert "Connection closed" not in err
+
+
+def test_draws_of_parts_are_rows_of_the_whole():
+    for kind, size in (("randn", (2, 3)), ("rand", ()), ("randint", (7,))):
+        whole = getattr(common.Draw(12, 5, 6), kind)(*size)
+        for passes in (1, 2, 3, 4):
+            for part in range(passes):
+                rows = slice(part, None, passes)
+                assert torch.equal(getattr(common.Draw(12, 5, 6, rows=rows), kind)(*size), whole[rows])
+    assert not torch.equal(common.Draw(12, 5, 6).rand(), common.Draw(12, 5, 7).rand())

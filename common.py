@@ -23,7 +23,6 @@ import math
 import multiprocessing
 import os
 import random
-import re
 import shlex
 import shutil
 import signal
@@ -367,18 +366,17 @@ def run_command_line(doc, verbs, argv=None):
             parser.print_help()
             return 0
         function, config_class, presets, _ = verbs[verb]
-        if "TORCHELASTIC_RUN_ID" in os.environ and not issubclass(config_class, TrainConfig):
+        if "TORCHELASTIC_RUN_ID" in os.environ and verb not in ("train", "train-vae"):
             raise UserError(f"{verb} runs in one process; start it with python instead of torchrun")
         code = function(make_config(config_class, given, presets)) or 0
     except (UserError, OSError) as problem:  # an OSError that nobody foresaw, such as a disk that fills up meanwhile
         code = fail(problem, problem)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as problem:
-        # On a CPU torch has plain RuntimeErrors for either.
-        first = str(problem).strip().split("\n")[0][:200]
-        if type(problem) in (torch.OutOfMemoryError, MemoryError) or "can't allocate memory" in str(problem):
+        if is_out_of_memory(problem):
             code = fail(problem, "out of memory; lower --batch-size or the pictures' size, or raise --grad-accum")
-        elif "RANK" in os.environ and (isinstance(problem, dist.DistError) or re.search("gloo|onnect", first)):
-            code = fail(problem, f"lost the other processes ({first}); if one of them ended, it has said why")
+        elif has_lost_the_others(problem):
+            reason = str(problem).strip().split("\n")[0][:200]
+            code = fail(problem, f"lost the other processes ({reason}); if one of them ended, it has said why")
         else:
             raise
     except KeyboardInterrupt:
@@ -389,6 +387,16 @@ def run_command_line(doc, verbs, argv=None):
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def is_out_of_memory(problem):
+    """On a CPU torch says so in a plain RuntimeError."""
+    return isinstance(problem, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(problem)
+
+
+def has_lost_the_others(problem):
+    """So does gloo: "[.../gloo/transport/tcp/pair.cc:547] Connection closed by peer"."""
+    return "RANK" in os.environ and (isinstance(problem, dist.DistError) or "gloo" in str(problem).lower())
 
 
 def fail(problem, line):
@@ -486,8 +494,8 @@ class Draw:
 # ----------------------------------------------------------------------------------------------------------------
 # Many processes. `torchrun --nproc-per-node N FILE.py train` starts N copies of the program. Each goes through the
 # same steps with its rows of every batch; torch exchanges the gradients; the first one alone prints and writes. What
-# exchanges something (spread, gather, largest, whole, and with them a Run's due, save and farewell) must be called by
-# all, so nothing that processes may see differently, such as a clock or a Ctrl-C, may decide whether it is.
+# exchanges something (all_gather, all_reduce_max, full_tensors, and with them a Run's due, save and farewell) must be
+# called by all, so nothing that processes may see differently, such as a clock or a Ctrl-C, may decide whether it is.
 
 
 def rank():
@@ -515,7 +523,7 @@ def set_up(config):
     if config.fsdp and precision == "fp16":
         raise UserError("--fsdp does not go with fp16, whose scaler knows no shards; take --precision bf16 or fp32")
     if launched and not dist.is_initialized():
-        meet(device)
+        join_process_group(device)
     return device, precision
 
 
@@ -532,10 +540,10 @@ def place_of_process(device):
     return device
 
 
-def meet(device):
+def join_process_group(device):
     """Join the other processes. Gradients of GPUs go by nccl; words between processes (the clock, Ctrl-C, what to log)
     by gloo, so that they wait for no GPU."""
-    where, notes = {}, job_notes()
+    where, notes = {}, agent_store()
     if notes is not None and os.environ["GROUP_WORLD_SIZE"] == "1":
         # The addresses of an earlier attempt still stand there; no process must look for another at one of them.
         where = {"store": dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", notes)}
@@ -547,7 +555,7 @@ def meet(device):
 
 
 @contextlib.contextmanager
-def first_process_first():
+def main_process_first():
     """The others wait, and find what the first one made."""
     if rank():
         dist.barrier()
@@ -556,7 +564,7 @@ def first_process_first():
         dist.barrier()
 
 
-def largest(*numbers):
+def all_reduce_max(*numbers):
     """Each number's largest value among the processes."""
     if world() == 1:
         return numbers
@@ -565,7 +573,7 @@ def largest(*numbers):
     return numbers.tolist()
 
 
-def gather(rows):
+def all_gather(rows):
     """(n, ...) of each process -> (world() n, ...) on the CPU, the same for all."""
     rows = rows.cpu().contiguous()
     if world() == 1:
@@ -575,7 +583,7 @@ def gather(rows):
     return torch.cat(parts)
 
 
-def gather_all(thing):
+def all_gather_objects(thing):
     """A thing of each process, in a list that all have."""
     things = [thing] * world()
     if world() > 1:
@@ -583,40 +591,43 @@ def gather_all(thing):
     return things
 
 
-def spread(config, model, ema, device, blocks):
+def parallelize(config, model, ema, device, blocks):
     """Bring model and ema to the device; returns the model as it is trained, in whose place `model` stays for all else.
     That is itself; under torchrun DistributedDataParallel, which averages the gradients over the processes; with --fsdp
-    itself again, it and ema in shards, as many of each weight as there are processes.
+    itself again, it and ema in shards.
 
     blocks(net): the modules whose weights are put together and let go of one after the other.
     """
-    if not (dist.is_initialized() and config.fsdp):
-        model.to(device)
-        ema.to(device)
+    if dist.is_initialized() and config.fsdp:
+        shard(model, ema, device, blocks)
+        return model
+    model.to(device)
+    ema.to(device)
     if not dist.is_initialized():
         return model
     torch._dynamo.config.optimize_ddp = False  # which would cut compiled blocks to pieces, to no gain here
-    if not config.fsdp:
-        devices = [device] if device.type == "cuda" else None
-        return DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def shard(model, ema, device, blocks):
+    """Leave each process its part of every weight (FSDP2). A block is put together while it is computed with."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device.type, (world(),))
     for net in (model, ema):
         net.to(memory_format=torch.contiguous_format)  # shards cannot be cut from channels-last weights
-        for module in blocks(net):
-            fully_shard(module, mesh=mesh)
+        for block in blocks(net):
+            fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     fully_shard(ema, mesh=mesh, reshard_after_forward=True)  # so that update_ema always finds shards
-    # Ways into a VAE beside forward(), for which the shards must be put together, too.
-    for name in ("encode", "decode"):
+    for name in ("encode", "decode"):  # a VAE's ways beside forward()
         if hasattr(ema, name):
             register_fsdp_forward_method(ema, name)
-    return model
 
 
-def passes(config, model):
+def microbatches(config, model):
     """The passes of one optimizer step, each as the rows of the batch that it takes in this process. Gradients are
     exchanged in the last one only."""
     count = config.grad_accum * world()
@@ -629,26 +640,26 @@ def passes(config, model):
             yield slice(part * world() + rank(), None, count)
 
 
-def in_shards(tensor):
+def is_sharded(tensor):
     """Is it a DTensor? Asked in this way because to import that class takes half a second, which whoever has but one
     process, or wants a picture, should not wait for."""
     return hasattr(tensor, "full_tensor")
 
 
-def whole(tensors):
+def full_tensors(tensors):
     """name -> tensor, put together from its shards, on the CPU. The first process has the result; the others, which
     gave their shards, have nothing."""
     result = {}
     for name, tensor in tensors.items():
-        tensor = tensor.full_tensor() if in_shards(tensor) else tensor
+        tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
         if rank() == 0:
             result[name] = tensor.detach().cpu().contiguous()
     return result
 
 
-def laid_like(tensor, other):
+def shard_like(tensor, other):
     """A whole tensor, in shards if `other` is."""
-    if not in_shards(other):
+    if not is_sharded(other):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
@@ -656,12 +667,12 @@ def laid_like(tensor, other):
     return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
 
 
-def own_part(tensor):
+def local_shard(tensor):
     """What of a tensor lies in this process."""
-    return tensor.to_local() if in_shards(tensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def job_notes():
+def agent_store():
     """What torchrun remembers for as long as the job lasts, over all its restarts: a store of keys, or None."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
@@ -707,9 +718,9 @@ def optimizer_step(config, run, model, ema, optimizer, scaler, costs, times):
         group["lr"] = group["lr"].fill_(lr) if torch.is_tensor(group["lr"]) else lr  # torchao keeps it in a tensor
     scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.grad_clip)
-    grad_norm = grad_norm.full_tensor() if in_shards(grad_norm) else grad_norm
+    grad_norm = grad_norm.full_tensor() if is_sharded(grad_norm) else grad_norm
     # A GradScaler skips steps that overflow; without one they must not be made.
-    run.record(gather(costs), gather(times), grad_norm, lr, scaler.is_enabled() or bool(grad_norm.isfinite()))
+    run.record(all_gather(costs), all_gather(times), grad_norm, lr, scaler.is_enabled() or bool(grad_norm.isfinite()))
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
@@ -724,7 +735,7 @@ def update_ema(ema, model, step, longest):
     stride = 1 if step <= 100 else 4
     if step % stride == 0:
         decay = min(longest, (1 + step) / (10 + step)) ** stride
-        averages, weights = ([own_part(p) for p in net.parameters()] for net in (ema, model))
+        averages, weights = ([local_shard(p) for p in net.parameters()] for net in (ema, model))
         torch._foreach_lerp_(averages, weights, 1 - decay)
 
 
@@ -770,7 +781,7 @@ def save_atomically(path, write):
 
 def save_tensors(path, tensors, header):
     """Safetensors file with `header`, any JSON value, under the metadata key "config". All processes must call it."""
-    tensors = whole(tensors)
+    tensors = full_tensors(tensors)
     save_atomically(path, lambda part: save_file(tensors, part, metadata={"config": json.dumps(header)}))
 
 
@@ -838,7 +849,7 @@ def load_into(model, weights, path):
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"{path} does not fit this model: {'; '.join(problems[:3])}{more}")
-    model.load_state_dict({name: laid_like(tensor, own[name]) for name, tensor in weights.items()})
+    model.load_state_dict({name: shard_like(tensor, own[name]) for name, tensor in weights.items()})
 
 
 def pack_state(model, ema, optimizer, scaler):
@@ -878,7 +889,7 @@ def unpack_state(tensors, path, model, ema, optimizer, scaler):
         if tensor.shape == parameters[int(index)].shape:
             # The fused optimizer walks through memory, so that moments must lie as their weights do (channels-last).
             like = parameters[int(index)]
-            tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(laid_like(tensor, like))
+            tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(shard_like(tensor, like))
         slots.setdefault(int(index), {})[slot] = tensor
     optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
     if parts["scaler"]:  # a run without fp16 has none
@@ -1377,7 +1388,7 @@ def draw_set(draw, count, size):
 
     probes = range(0, count, max(1, count // 64))
     probe = collect(draw(seed, size) for seed in probes)
-    with first_process_first():
+    with main_process_first():
         if cache.exists():
             with contextlib.suppress(UserError, KeyError, TypeError, IndexError):
                 tensors, words = load_tensors(cache)
@@ -1698,11 +1709,11 @@ class Run:
         if not config.minutes and not config.steps:
             raise UserError("a run needs an end: give --minutes or --steps")
         resume = self.open_folder() if rank() == 0 else False
-        self.resume = bool(largest(resume)[0])
+        self.resume = bool(all_reduce_max(resume)[0])
 
     def open_folder(self):
         """Make the folder, or check it; returns whether the run goes on from a checkpoint. Raises UserError."""
-        begun, notes, key = self.state_path.exists(), job_notes(), f"began {self.folder}"
+        begun, notes, key = self.state_path.exists(), agent_store(), f"began {self.folder}"
         if notes is not None and notes.check([key]):
             # A folder that this very job made: torchrun has started the processes anew after one died.
             if not begun:
@@ -1771,12 +1782,12 @@ class Run:
         self.done = self.progress >= 1  # a finished run that is resumed has nothing left to do
 
         def interrupt(signum, frame):
-            if self.asked_to_stop and not dist.is_initialized():  # to those, torchrun says again what the terminal said
+            if self.asked_to_stop and not dist.is_initialized():  # in a hurry; other processes would be left waiting
                 raise KeyboardInterrupt
             self.asked_to_stop = True
 
         agreed = {key: value for key, value in self.header.items() if not isinstance(value, float)}
-        if len(set(gather_all(json.dumps([self.step, agreed])))) > 1:
+        if len(set(all_gather_objects(json.dumps([self.step, agreed])))) > 1:
             raise UserError("the processes see different data or checkpoints; give all hosts the same folders")
         before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         total = self.config.steps or 60 * self.config.minutes
@@ -1786,9 +1797,9 @@ class Run:
             yield self
         finally:
             self.bar.close()
-            if not dist.is_initialized():  # where a second signal must not cut the last words short
-                for number, handler in before.items():
-                    signal.signal(number, handler)
+            quiet = self.interrupted and dist.is_initialized()  # a second signal must not cut the last words short
+            for number, handler in before.items():
+                signal.signal(number, signal.SIG_IGN if quiet else handler)
 
     @property
     def seconds(self):
@@ -1808,7 +1819,7 @@ class Run:
         Here alone it is decided that a run is done, so that none ends, not even by Ctrl-C, without a last checkpoint;
         and here processes agree on the time, and on whether one was interrupted.
         """
-        self.now, stop = largest(self.seconds, self.asked_to_stop)
+        self.now, stop = all_reduce_max(self.seconds, self.asked_to_stop)
         self.interrupted = bool(stop)
         progress = self.progress
         self.done = progress >= 1 or self.interrupted
@@ -1867,7 +1878,9 @@ class Run:
         state.safetensors is to say beside, for load() to return.
         """
         settings = self.settings()
-        held_out_loss = None if held_out_loss is None else largest(held_out_loss)[0]  # to the last bit the same for all
+        held_out_loss = (
+            None if held_out_loss is None else all_reduce_max(held_out_loss)[0]
+        )  # to the last bit the same for all
         save_tensors(self.folder / "model.safetensors", ema.state_dict(), settings)
         if held_out_loss is not None and held_out_loss < self.best:
             self.best = held_out_loss

@@ -698,7 +698,13 @@ def captions_of(paths, folder):
 
 
 def load_data(config):
-    """What --data names -> (all, training set, held-out set, lines about skipped files). Raises UserError."""
+    """What --data names -> (all, training set, held-out set, lines about skipped files), or what --stream names ->
+    (stream, stream, None, []). Raises UserError."""
+    if config.stream:
+        if config.epochs:
+            raise UserError("a stream has no end and no epochs; give --steps or --minutes")
+        stream = Stream(config)
+        return stream, stream, None, []
     skipped, shards = [], any(Path(config.data).glob("shard_*.safetensors"))
     if config.vae and not shards:
         raise UserError(
@@ -768,7 +774,16 @@ def is_public(place):
     return number.is_global and not number.is_multicast
 
 
-class Limited(io.RawIOBase):
+def split_address(url):
+    """The parts of an address. Raises Refused where it is none."""
+    with contextlib.suppress(ValueError):
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or (parts.hostname and parts.port != 0):
+            return parts
+    raise Refused("bad address")
+
+
+class LimitedReader(io.RawIOBase):
     """What a socket brings, up to a deadline and a size: status lines, headers and chunks alike, since a server can be
     slow, or endless, in each."""
 
@@ -815,9 +830,9 @@ class Fetcher:
     def follow(self, url, deadline):
         """One try, to the end of all redirects, each of which must keep to what is allowed."""
         try:
-            for _ in range(1 + MAX_REDIRECTS):
-                parts = urllib.parse.urlsplit(url)
-                if parts.scheme not in self.schemes:
+            for hop in range(1 + MAX_REDIRECTS):
+                parts = split_address(url)
+                if parts.scheme not in self.schemes or (hop and parts.scheme == "file"):
                     raise Refused("scheme not allowed")
                 content, place = self.read_file(parts) if parts.scheme == "file" else self.ask(parts, deadline)
                 if place is None:
@@ -826,7 +841,7 @@ class Fetcher:
             raise Refused("too many redirects")
         except Refused:
             raise
-        except (ValueError, http.client.InvalidURL):
+        except (UnicodeError, http.client.InvalidURL):
             raise Refused("bad address") from None
         except TimeoutError:
             raise Refused("too slow", passing=True) from None
@@ -852,30 +867,30 @@ class Fetcher:
 
     def ask(self, parts, deadline):
         """(content, None), or where else to look: (None, address)."""
-        if not parts.hostname:
-            raise Refused("bad address")
-        if parts.scheme == "https":
-            connection = http.client.HTTPSConnection(parts.hostname, parts.port, context=self.trusted)
-        else:
-            connection = http.client.HTTPConnection(parts.hostname, parts.port)
-        # No proxy is asked: it would resolve names elsewhere.
-        connection._create_connection = lambda address, *_: self.connect(address, deadline)
+        secure = parts.scheme == "https"
+        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+        connection = kind(parts.hostname, parts.port or kind.default_port)
 
         def answer(sock, **more):
             made = http.client.HTTPResponse(sock, **more)
             left = self.max_bytes + (1 << 17)  # for headers
-            made.fp = io.BufferedReader(Limited(made.fp.detach(), sock, deadline, left, self.stopped))
+            made.fp = io.BufferedReader(LimitedReader(made.fp.detach(), sock, deadline, left, self.stopped))
             return made
 
         connection.response_class = answer
-        target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         with contextlib.closing(connection):
+            # No proxy is asked: it would resolve names elsewhere.
+            connection.sock = self.connect(parts.hostname, connection.port, deadline)
+            if secure:
+                connection.sock = self.trusted.wrap_socket(connection.sock, server_hostname=parts.hostname)
             connection.request(
                 "GET", urllib.parse.quote(target, safe=string.punctuation), headers={"User-Agent": AGENT}
             )
             with connection.getresponse() as said:
                 if said.status in (301, 302, 303, 307, 308) and said.headers["Location"]:
-                    return None, said.headers["Location"].strip()
+                    place = said.headers["Location"].strip()  # bytes as they came, which are most often UTF-8
+                    return None, urllib.parse.quote(place, safe=string.punctuation, encoding="latin-1")
                 if said.status != 200:
                     pause = said.headers.get("Retry-After", "")
                     passing = said.status in (408, 429) or said.status >= 500
@@ -892,14 +907,15 @@ class Fetcher:
             raise Refused("truncated", passing=True)
         return content, None
 
-    def connect(self, address, deadline):
-        """A socket to a host: to the very addresses that were checked, for a name may change its mind."""
-        places = list(dict.fromkeys(found[4][0] for found in socket.getaddrinfo(*address, type=socket.SOCK_STREAM)))
+    def connect(self, host, port, deadline):
+        """A socket to a host: to the very addresses that were checked, for a name may change its mind. (How long a name
+        takes to be resolved is the system's to say.)"""
+        places = list(dict.fromkeys(found[4][0] for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
         if not self.private and not all(map(is_public, places)):
             raise Refused("private address")
         for number, place in enumerate(places):
             try:
-                return socket.create_connection((place, address[1]), max(0.001, deadline - time.monotonic()))
+                return socket.create_connection((place, port), max(0.001, deadline - time.monotonic()))
             except OSError:  # such as an IPv6 address where there is no IPv6
                 if number == len(places) - 1:
                     raise
@@ -934,7 +950,7 @@ class Cache:
     def __init__(self, folder, budget, part=0, parts=1):
         self.folder, self.lock, self.sizes, self.total = Path(folder), threading.Lock(), collections.OrderedDict(), 0
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if hasattr(os, "getuid") and self.folder.stat().st_uid != os.getuid():
+        if hasattr(os, "getuid") and self.folder.lstat().st_uid != os.getuid():
             raise UserError(f"{self.folder} belongs to somebody else; leave the cache out with --cache-gb 0")
         self.budget = min(budget, shutil.disk_usage(self.folder).free // 2) // parts
         found = []
@@ -1012,7 +1028,7 @@ def read_shard(path):
         raise
     except Exception as problem:  # each format has its own way to fail
         reason = " ".join(str(problem).split())[:80]
-        raise UserError(f"{path} is no readable shard ({reason}); get it anew or leave it out") from None
+        raise UserError(f"{path} is no readable shard ({reason}); get it anew") from None
 
 
 def parse(text):
@@ -1055,8 +1071,8 @@ def understand(row):
     url, caption, picture = row.get("url", ""), row.get("caption", row.get("text")), row.get("picture")
     try:
         (url + caption).encode()  # text, and such as can be written down
-        line = Line(url.strip(), urllib.parse.urlsplit(url.strip()).hostname or "", caption.strip(), picture)
-    except (ValueError, TypeError, AttributeError):
+        line = Line(url.strip(), split_address(url.strip()).hostname or "", caption.strip(), picture)
+    except (ValueError, TypeError, AttributeError, Refused):
         raise Refused("broken line") from None
     if not line.caption or not (line.url or isinstance(picture, bytes)):
         raise Refused("broken line")
@@ -1065,10 +1081,15 @@ def understand(row):
     return line
 
 
-def passed(rule, place):
+def is_done(rule, place):
     """Does a rule of Stream.state() know the line at a place as done with?"""
     _, shard, line = place
     return place < rule["next"][(shard + line) % len(rule["next"])] and place not in rule["pending"]
+
+
+def rules_of(state):
+    """Those of Stream.state(), in which JSON has made lists of the places."""
+    return [{key: [tuple(place) for place in places] for key, places in rule.items()} for rule in state["rules"]]
 
 
 class Stream:
@@ -1082,7 +1103,7 @@ class Stream:
     UserError where a whole pass over the shards gives no picture.
     """
 
-    def __init__(self, config, folder):
+    def __init__(self, config):
         self.config, self.rank, self.world = config, common.rank(), common.world()
         self.names = sorted(glob.glob(config.stream, recursive=True))
         strangers = [name for name in self.names if not name.endswith((".jsonl", ".parquet", ".tar"))]
@@ -1091,24 +1112,23 @@ class Stream:
             raise UserError(f"{what}; name .jsonl, .parquet or .tar files, e.g. --stream 'shards/*.jsonl'")
         bytes_max = int(1e6 * config.max_mb)
         self.fetch = Fetcher(config.schemes, config.private_hosts, config.timeout, bytes_max, config.retries)
-        self.folder, self.pool, self.cache = folder, None, None
+        self.pool, self.cache = None, None
         # What is under way: enough that the threads have work while a step is computed, and no more.
         self.window = 2 * config.threads + 2 * config.batch_size // (config.grad_accum * self.world)
         self.pending, self.arrived = {}, queue.SimpleQueue()
-        self.lock, self.busy, self.waiting = (
-            threading.Lock(),
-            collections.Counter(),
-            collections.defaultdict(collections.deque),
-        )
+        # How many requests each host has, and what waits for one of them to end; for whoever has the lock.
+        self.busy, self.waiting = collections.Counter(), collections.defaultdict(collections.deque)
+        self.lock = threading.Lock()
         self.counts, self.rules = collections.Counter(), []
-        self.lines, self.next, self.good_turn = self.walk(0, 0, 0), [0, 0, 0], -1
+        self.lines, self.next, self.good_turn = self.walk(0, 0, 0), (0, 0, 0), -1
 
     def __enter__(self):
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # smaller ones are refused
         self.pool = concurrent.futures.ThreadPoolExecutor(self.config.threads)
         if self.config.cache_gb:
             memory = Path("/dev/shm") if os.path.isdir("/dev/shm") else Path(tempfile.gettempdir())
-            name = hashlib.sha256(f"{Path(self.folder).resolve()} {Path.home()}".encode()).hexdigest()[:16]
+            run = Path(self.config.out or "runs/dit_t2i").resolve()
+            name = hashlib.sha256(f"{run} {Path.home()}".encode()).hexdigest()[:16]
             local = [int(os.environ.get(f"LOCAL_{key}", other)) for key, other in (("RANK", 0), ("WORLD_SIZE", 1))]
             self.cache = Cache(memory / f"dit_t2i-{name}", int(1e9 * self.config.cache_gb), *local)
         return self
@@ -1129,8 +1149,8 @@ class Stream:
                 for number, row in enumerate(read_shard(self.names[order[shard]])):
                     if number >= line and (shard + number) % self.world == self.rank:
                         empty = False
-                        if not any(passed(rule, [turn, shard, number]) for rule in self.rules):
-                            yield [turn, shard, number], row
+                        if not any(is_done(rule, (turn, shard, number)) for rule in self.rules):
+                            yield (turn, shard, number), row
                 shard, line = shard + 1, 0
             if empty and turn > self.good_turn + 1:
                 raise UserError(f"{self.config.stream} holds fewer lines than there are processes")
@@ -1140,10 +1160,12 @@ class Stream:
         """What a checkpoint keeps, of all processes, which must all call it: JSON.
 
         A rule says what is done: "next" has, for each process of that time, the place up to which its lines are, and
-        "pending" those before it that are not. Four processes may be followed by one and that by three; what the four
-        had done beyond the point that the one has reached is still theirs to say.
+        "pending" those before it that are not. {"next": [(0, 3, 9), (0, 3, 6)], "pending": [(0, 3, 4)]}: the first of
+        two processes is through with its lines up to line 9 of shard 3, the second up to line 6, but for line 4. Four
+        processes may be followed by one and that by three; what the four had done beyond the point that the one has
+        reached is still theirs to say.
         """
-        told = common.gather_all((self.next, list(map(list, self.pending)), self.counts))
+        told = common.all_gather_objects((self.next, list(self.pending), self.counts))
         pending = [place for _, places, _ in told for place in places]
         rule = {"next": [place for place, _, _ in told], "pending": pending}
         older = [old for old in self.rules if max(old["next"]) > min(rule["next"])]
@@ -1151,7 +1173,7 @@ class Stream:
 
     def restore(self, state):
         """Go on where state() was: the lines that it knows as done are not read again, all others are."""
-        self.rules = state["rules"]
+        self.rules = rules_of(state)
         self.counts = collections.Counter(state["counts"] if self.rank == 0 else {})
         self.next = min(self.rules[0]["next"] + self.rules[0]["pending"])  # before it, nothing is left to do
         self.lines, self.good_turn = self.walk(*self.next), self.next[0]
@@ -1162,7 +1184,7 @@ class Stream:
         """Have threads fetch lines until as many are under way as may be."""
         while len(self.pending) < self.window:
             place, row = next(self.lines)
-            self.next = [*place[:2], place[2] + 1]
+            self.next = (*place[:2], place[2] + 1)
             try:
                 line = understand(row)
                 if self.config.min_score and not (line.score or 0) >= self.config.min_score:
@@ -1172,7 +1194,7 @@ class Stream:
             except Refused as problem:
                 self.count(problem.kind)
                 continue
-            self.pending[tuple(place)] = None
+            self.pending[place] = None
             with self.lock:
                 if line.host and self.busy[line.host] >= self.config.per_host:
                     self.waiting[line.host].append((place, line))
@@ -1183,7 +1205,8 @@ class Stream:
     def work(self, place, line):
         """In a thread: make a picture of a line, then see to the next one of the same host."""
         try:
-            key, size = f"{self.config.image_size} {line.url}", self.config.image_size
+            size = self.config.image_size
+            key = f"{size} {self.config.min_side} {line.url}"
             kept = self.cache.get(key) if self.cache and line.picture is None else None
             if kept and len(kept) == 3 * size * size:
                 kind, picture = "from the cache", np.frombuffer(kept, np.uint8).reshape(size, size, 3)
@@ -1196,7 +1219,7 @@ class Stream:
             kind, picture = problem.kind, None
         except Exception as problem:  # ours to hear of, in the main thread
             kind, picture = problem, None
-        self.arrived.put((tuple(place), kind, picture, line.caption))
+        self.arrived.put((place, kind, picture, line.caption))
         with self.lock:
             if not self.waiting[line.host]:
                 self.busy[line.host] -= 1
@@ -1246,6 +1269,10 @@ class Stream:
             if len(found) == most:
                 break
         return found
+
+    def __len__(self):
+        """Shards, whose pictures nobody has counted."""
+        return len(self.names)
 
     def checksum(self):
         return zlib.crc32(json.dumps([Path(name).name for name in self.names]).encode())
@@ -1886,22 +1913,19 @@ def guided(model, text, null, cfg):
 def train(config):
     """Train from nothing, or go on with --resume; what is left behind is a run folder. Raises UserError."""
     device, precision = common.set_up(config)
-    everything, data, held_out, skipped = (None, None, None, []) if config.stream else load_data(config)
+    everything, data, held_out, skipped = load_data(config)
     if config.epochs:
-        if config.stream:
-            raise UserError("a stream has no end and no epochs; give --steps or --minutes")
         steps = config.epochs * math.ceil(len(data) / config.batch_size)
         config = dataclasses.replace(config, steps=min(steps, config.steps or steps))
     run = Run(config, "dit_t2i")
     encoder, vae = None, common.load_vae(config.vae).to(device) if config.vae else None
     if config.stream:
-        stream = data = everything = Stream(config, run.folder)
         channels, size = (vae.latent_channels, config.image_size // vae.stride) if vae else (3, config.image_size)
-        run.header = {"data": [len(stream.names), stream.checksum()], "vae": common.fingerprint(vae) if vae else None}
     else:
         channels, size = data.batch([0], Draw(1, 0))[0].shape[1:3]
-        run.header = {"data": [len(everything), everything.checksum()], "vae": None}
-    run.header["latent"] = [channels, size]
+    run.header = {"data": [len(everything), everything.checksum()], "latent": [channels, size], "vae": None}
+    if config.stream and vae:
+        run.header["vae"] = common.fingerprint(vae)
     if isinstance(everything, ShardSet):  # encoded before: neither CLIP nor VAE is needed, but for pictures
         null = everything.null
         run.header |= {"text": {"clip": everything.header["clip"]}, "vae": everything.header["vae"]}
@@ -1927,17 +1951,17 @@ def train(config):
     words = len(encoder.vocabulary) if isinstance(encoder, Words) else 0
     model = build_model(config, channels, size, words)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    trained = common.spread(config, model, ema, device, lambda net: net.layers)
+    trained = common.parallelize(config, model, ema, device, lambda net: net.layers)
     optimizer, scaler = common.make_optimizer(config, model, device)
     if run.resume:
         header = run.load(model, ema, optimizer, scaler)
         if config.stream:
-            stream.restore(header["stream"])
+            data.restore(header["stream"])
     if common.worth_compiling(config, device):
         for layer in model.layers:
             layer.compile(dynamic=False)
     run.tell_skipped(skipped)
-    amount = f"{len(data.names):,} shards" if config.stream else f"{len(data):,} samples and {len(held_out):,} held out"
+    amount = f"{len(data):,} shards" if config.stream else f"{len(data):,} samples and {len(held_out):,} held out"
     print(run.banner(model, device, precision, amount))
 
     def draw_batch(source, index, draw):
@@ -1961,15 +1985,15 @@ def train(config):
             draw = Draw(count, config.seed, 0, 3, device=device)
             return flow_loss(config, ema, x, text, draw)[0].mean().item()
 
-    with run.clock(), stream if config.stream else contextlib.nullcontext():
+    with run.clock(), data if config.stream else contextlib.nullcontext():
         while not run.done:
-            costs, times, key = [], [], (config.batch_size, config.seed, run.step)
+            costs, times, draws = [], [], functools.partial(Draw, config.batch_size, config.seed, run.step)
             # A stream gives what comes next, whatever it is asked for.
             index = range(config.batch_size) if config.stream else common.batch_index(config, len(data), run.step)
-            for rows in common.passes(config, trained):
-                x, text = draw_batch(data, index[rows], Draw(*key, 1, rows=rows))
+            for rows in common.microbatches(config, trained):
+                x, text = draw_batch(data, index[rows], draws(1, rows=rows))
                 with autocast(device, precision):
-                    draw = Draw(*key, 4, rows=rows, device=device)
+                    draw = draws(4, rows=rows, device=device)
                     cost, t = flow_loss(config, trained, x, text, draw, run.progress)
                 scaler.scale(cost.mean() / config.grad_accum).backward()
                 costs.append(cost.detach())
@@ -1981,7 +2005,7 @@ def train(config):
                 options = DrawConfig(num=1, cfg=config.cfg, precision=precision)
                 run.save_samples(to_rgb(vae, sample(ema, options, shown, null, (channels, size, size))))
             if checkpoint and config.stream:
-                told = stream.state()
+                told = data.state()
                 run.bar.write(f"step {run.step}: " + ", ".join(f"{n:,} {kind}" for kind, n in told["counts"].items()))
                 run.save(model, ema, optimizer, scaler, also={"stream": told})
             elif checkpoint:

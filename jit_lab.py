@@ -491,7 +491,7 @@ def train(config):
     run.tell_skipped(skipped)
     run.header = {"data": [len(data.rgb), int(data.rgb.sum())]}
     ema = copy.deepcopy(model).eval()
-    trained = common.spread(config, model, ema, device, lambda net: net.blocks)
+    trained = common.parallelize(config, model, ema, device, lambda net: net.blocks)
     optimizer, scaler = common.make_optimizer(config, model, device)
     if run.resume:
         run.load(model, ema, optimizer, scaler)
@@ -503,7 +503,7 @@ def train(config):
     with run.clock():
         while not run.done:
             costs, times = [], []
-            for rows in common.passes(config, trained):
+            for rows in common.microbatches(config, trained):
                 x, mask, top, left = draw_batch(config, data, run.step, rows, device)
                 draw = Draw(config.batch_size, config.seed, run.step, 1, rows=rows, device=device)
                 t = draw_times(config, draw)

@@ -536,7 +536,7 @@ def train_vae(config):
     torch.manual_seed(config.seed)
     model = build_vae(config)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    trained = common.spread(config, model, ema, device, blocks)
+    trained = common.parallelize(config, model, ema, device, blocks)
     optimizer, scaler = common.make_optimizer(config, model, device)
     if run.resume:
         run.load(System(model), System(ema), optimizer, scaler)
@@ -546,7 +546,7 @@ def train_vae(config):
     with run.clock():
         while not run.done:
             costs, index = [], common.batch_index(config, len(pictures), run.step)
-            for rows in common.passes(config, trained):
+            for rows in common.microbatches(config, trained):
                 draw = Draw(config.batch_size, config.seed, run.step, 1, rows=rows)
                 x = common.mirror_some(pictures[index[rows]] / 127.5 - 1, config.flip, draw).to(device)
                 noise = draw.randn(config.channels, x.shape[2] // STRIDE, x.shape[3] // STRIDE).to(device)
@@ -671,7 +671,7 @@ def train(config):
     torch.manual_seed(config.seed)
     model = Denoiser(config.channels, config.width, config.multipliers, config.depth)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    trained = common.spread(config, model, ema, device, blocks)
+    trained = common.parallelize(config, model, ema, device, blocks)
     optimizer, scaler = common.make_optimizer(config, model, device)
     if run.resume:
         run.load(model, System(vae, ema), optimizer, scaler)
@@ -682,7 +682,7 @@ def train(config):
     with run.clock():
         while not run.done:
             costs, times, index = [], [], common.batch_index(config, len(pictures), run.step)
-            for rows in common.passes(config, trained):
+            for rows in common.microbatches(config, trained):
                 draw, chosen = Draw(config.batch_size, config.seed, run.step, 1, rows=rows), index[rows]
                 turned = draw.rand(1, 1, 1) < config.flip
                 x = torch.where(turned, latents[-1][chosen], latents[0][chosen])

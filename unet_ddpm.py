@@ -175,7 +175,7 @@ class Pixels:
         self.header = {"vae": None, "data": told}
 
     def batch(self, index, draw=None):
-        """Pictures `index` -> (B, 3 fold fold, S/fold, S/fold) in [-1, 1]; with a generator, some of them mirrored."""
+        """Pictures `index` -> (B, 3 fold fold, S/fold, S/fold) in [-1, 1]; with a Draw, some of them mirrored."""
         x = self.pictures[index] / 127.5 - 1
         return F.pixel_unshuffle(common.mirror_some(x, self.flip, draw) if draw else x, self.fold)
 
@@ -191,7 +191,7 @@ class Latents:
         self.header = {"vae": self.shards.header["vae"], "data": [len(self.names), self.shards.checksum()]}
 
     def batch(self, index, draw=None):
-        """Latents `index`, (B, C, H, W); with a generator, some of them mirrored."""
+        """Latents `index`, (B, C, H, W); with a Draw, some of them mirrored."""
         (x,) = self.shards.read(index)
         return common.mirror_some(x, self.flip, draw) if draw else x
 
@@ -621,7 +621,7 @@ def train(config):
         load_into(model, weights, config.start)
     run.tell_skipped(skipped)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    trained = common.spread(config, model, ema, device, stages)
+    trained = common.parallelize(config, model, ema, device, stages)
     optimizer, scaler = make_optimizer(config, model, device)
     if run.resume:
         run.load(model, ema, optimizer, scaler)
@@ -635,7 +635,7 @@ def train(config):
         while not run.done:
             costs, times = [], []
             index = common.batch_index(config, len(chosen), run.step)
-            for rows in common.passes(config, trained):
+            for rows in common.microbatches(config, trained):
                 # Neither data nor noise knows the objective: both learn from the same.
                 draw = Draw(config.batch_size, config.seed, run.step, 1, rows=rows)
                 x = data.batch([chosen[i] for i in index[rows]], draw)

@@ -273,7 +273,8 @@ def bench_text_paper(device):
 
 
 def bench_text_memory(device):
-    """A training step of the 258M model at batch 4, with and without its activations, counted on the CPU."""
+    """Forward and backward of the 258M model at batch 4, with and without its activations: memory, counted on the CPU,
+    and time."""
     for checkpointing in (False, True):
         given = {"preset": "paper", "checkpoint_activations": checkpointing}
         config = common.make_config(dit_t2i.Config, given, dit_t2i.PRESETS)
@@ -285,13 +286,17 @@ def bench_text_memory(device):
             with torch.autocast("cpu", torch.bfloat16):
                 cost, _ = dit_t2i.flow_loss(config, model, x, text, common.Draw(len(x), 0))
             cost.mean().backward()
-            print(f"loss {cost.mean().item():.9f}", end=", ")
+            return cost.mean().item()
 
+        start = time.perf_counter()
+        loss = step()
+        seconds = time.perf_counter() - start
+        model.zero_grad()
         peak = peak_bytes(step) / 2**30
         rest = sum(p.numel() for p in model.parameters() if p.requires_grad) * 4 / 2**30
-        print(
-            f"--checkpoint-activations {checkpointing}: {peak:.2f} GiB beside the weights, {rest:.2f} of it gradients"
-        )
+        activations = kept_for_backward(config, 4)[0] / 2**30
+        print(f"--checkpoint-activations {checkpointing}: loss {loss:.9f}, {4 * 256 / seconds:.0f} image tokens/s,")
+        print(f"{peak:.2f} GiB beside the weights, {rest:.2f} of it gradients; computed: {activations:.2f} GiB kept")
 
 
 @torch.no_grad()
@@ -591,7 +596,7 @@ def bench_stream(device):
             for threads in (1, 16):
                 config = dit_t2i.Config(stream=names, image_size=256, threads=threads, per_host=threads, cache_gb=0.0)
                 config.private_hosts = True
-                with dit_t2i.Stream(config, folder) as stream:
+                with dit_t2i.Stream(config) as stream:
                     for _ in range(5 * threads):
                         stream.sample()
                     start, count = time.perf_counter(), 60 * threads
@@ -630,20 +635,27 @@ def bench_restarts(device):
             return re.findall(r"(fresh run|resumed at step \d+)", (Path(folder) / "log").read_text())
 
         reached, lost, begun = 0, [], 0
+
+        def note_attempts():
+            nonlocal begun
+            for told in attempts()[begun:]:
+                lost.append(reached - int(told.split()[-1]) if "resumed" in told else 0)
+            begun = len(attempts())
+
         for _ in range(kills):
             early = rng.random() < 0.2  # while the processes still look for each other
             while job.poll() is None and not early and len(attempts()) == begun:
                 time.sleep(0.05)
             time.sleep(rng.uniform(0, 4))
-            for told in attempts()[begun:]:
-                lost.append(reached - int(told.split()[-1]) if "resumed" in told else 0)
-            begun = len(attempts())
+            note_attempts()
             workers = subprocess.run(["ps", "-o", "pid=", "--ppid", str(job.pid)], capture_output=True, text=True)
             if job.poll() is None and workers.stdout.split():
                 os.kill(int(rng.choice(workers.stdout.split())), signal.SIGKILL)
                 time.sleep(0.3)
                 reached = common.load_tensors(state)[1]["step"] if state.exists() else 0
-        code, step = job.wait(), common.load_tensors(state)[1]["step"]
+        code = job.wait()
+        note_attempts()
+        step = common.load_tensors(state)[1]["step"]
         print(f"{kills} kills, {begun} attempts that began to train; exit code {code} at step {step} of {steps};")
         print(f"steps between the last checkpoint and where the next attempt went on: at most {max(map(abs, lost))}")
 

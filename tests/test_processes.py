@@ -21,15 +21,25 @@ from webserver import Server, write_shards
 import common
 import dit_t2i
 
+# name -> file, verb, options
 SMALL = {
-    "jit_lab.py": TINY_FLAGS,
-    "dit_t2i.py": "--image-size 16 --depth 2 --num-heads 2 --head-dim 8 --text-dim 16".split(),
-    "unet_ddpm.py": "--image-size 16 --model-channels 32 --num-head-channels 32 --num-res-blocks 1".split(),
-    "serpentine_vae.py": "--image-size 32 --width 16 --depth 1 --multipliers 1".split(),
-    "serpentine_vae.py train-vae": "--image-size 16 --channels 4 --vae-width 8".split(),
+    "jit_lab": ("jit_lab", "train", TINY_FLAGS),
+    "dit_t2i": ("dit_t2i", "train", "--image-size 16 --depth 2 --num-heads 2 --head-dim 8 --text-dim 16".split()),
+    "unet_ddpm": ("unet_ddpm", "train", "--image-size 16 --model-channels 32 --num-head-channels 32".split()),
+    "serpentine_vae": ("serpentine_vae", "train", "--image-size 32 --width 16 --depth 1 --multipliers 1".split()),
+    "vae": ("serpentine_vae", "train-vae", "--image-size 16 --channels 4 --vae-width 8".split()),
 }
-SMALL["unet_ddpm.py"] += "--channel-mult 1 --attention-resolutions 8".split()
-SMALL["serpentine_vae.py"] += ["--vae", str(ROOT / "weights" / "serpentine_vae.safetensors")]
+SMALL["joint"] = (*SMALL["dit_t2i"][:2], [*SMALL["dit_t2i"][2], "--arch", "joint"])
+SMALL["unet_ddpm"][2].extend("--num-res-blocks 1 --channel-mult 1 --attention-resolutions 8".split())
+SMALL["serpentine_vae"][2].extend(["--vae", str(ROOT / "weights" / "serpentine_vae.safetensors")])
+
+
+def words_of(name, folder, out, steps, **changes):
+    """(file, the words that train a system of SMALL)."""
+    file, verb, options = SMALL[name]
+    given = dict(data=folder, out=out, steps=steps, batch_size=8, device="cpu", precision="fp32", checkpoint_every=5)
+    given |= changes
+    return file, [verb, *options, *(str(word) for k, v in given.items() for word in ("--" + k.replace("_", "-"), v))]
 
 
 def make_pictures(folder):
@@ -69,18 +79,23 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     data, jobs = make_pictures(folder / "pictures"), []
     same = dict(decay="none", warmup=0, ema=0.9, time_fall=0)  # with nothing that knows the budget
-    for file in SMALL:
-        name, *verb = file.split()
-        for kind, more in (("ddp", ["--grad-accum", "2"]), ("fsdp", ["--fsdp"])):
-            words = flags(data, folder / f"{file}-{kind}", 20, file, ema=0.9) + more
-            jobs.append([name.removesuffix(".py"), [*(verb or ["train"]), *words]])
-    jobs.append(["dit_t2i", ["train", *flags(data, folder / "parts", 10, "dit_t2i.py", **same)]])
-    more = ["--resume", "--fsdp"]
-    jobs.append(["dit_t2i", ["train", *flags(data, folder / "parts", 20, "dit_t2i.py", **same), *more]])
+
+    def add(name, out, steps, *more, **changes):
+        file, words = words_of(name, data, folder / out, steps, **changes)
+        jobs.append([file, [*words, *more]])
+
+    for name in SMALL:
+        add(name, f"{name}-ddp", 20, "--grad-accum", "2", ema=0.9)
+        add(name, f"{name}-fsdp", 20, "--fsdp", ema=0.9)
+    add("dit_t2i", "parts", 10, **same)
+    add("dit_t2i", "parts", 20, "--resume", "--fsdp", **same)
+    small = "--image-size 16 --channels 4 --vae-width 8 --vae-steps 3 --width 16 --depth 1 --multipliers 1".split()
+    add("vae", "both", 3)
+    jobs[-1][1] = ["train", *small, *jobs[-1][1][1 + len(SMALL["vae"][2]) :]]
     server = Server()
     rows = [{"url": f"{server.address}/good/{n}", "caption": f"picture {n}"} for n in range(60)]
-    words = flags(data, folder / "stream", 10, "dit_t2i.py", stream=write_shards(folder / "shards", rows, 7))
-    jobs.append(["dit_t2i", ["train", *words, "--private-hosts", "--threads", "2"]])
+    shards = write_shards(folder / "shards", rows, 7)
+    add("dit_t2i", "stream", 10, "--private-hosts", "--threads", "2", stream=shards)
     (folder / "jobs.json").write_text(json.dumps(jobs))
     (folder / "trainings.py").write_text(TRAININGS)
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -89,13 +104,12 @@ def trained(tmp_path_factory):
         done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     (folder / "asked.json").write_text(json.dumps(server.asked))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("fresh run") == len(jobs) - 1  # the first process alone speaks
-    for file in SMALL:
-        name, *verb = file.split()
-        words = [*(verb or ["train"]), *flags(data, folder / f"{file}-one", 20, file, ema=0.9)]
-        assert importlib.import_module(name.removesuffix(".py")).main(words) == 0
-    for name, more in (("parts", ["--resume"]), ("whole", [])):
-        assert dit_t2i.main(["train", *flags(data, folder / name, 30, "dit_t2i.py", **same), *more]) == 0
+    assert done.stdout.count("fresh run") == len(jobs)  # the first process alone speaks; one resumes, one is two
+    for name in SMALL:
+        file, words = words_of(name, data, folder / f"{name}-one", 20, ema=0.9)
+        assert importlib.import_module(file).main(words) == 0
+    for out, more in (("parts", ["--resume"]), ("whole", [])):
+        assert dit_t2i.main([*words_of("dit_t2i", data, folder / out, 30, **same)[1], *more]) == 0
     return folder
 
 
@@ -105,7 +119,7 @@ def launch(tmp_path):
     started = []
 
     def run(file, *words, processes=1, options=()):
-        words = [*(torchrun(processes, *options) if processes > 1 else [sys.executable]), ROOT / file, "train", *words]
+        words = [*(torchrun(processes, *options) if processes > 1 else [sys.executable]), ROOT / f"{file}.py", *words]
         environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
             list(map(str, words)), cwd=tmp_path, env=environment, text=True,
@@ -117,7 +131,13 @@ def launch(tmp_path):
     yield run
     for process in started:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            for pid in [*children(process.pid), process.pid]:  # each has a process group of its own
+                os.killpg(pid, signal.SIGKILL)
+
+
+def flat(named):
+    file, words = named
+    return [file, *words]
 
 
 def ended(process, code=0):
@@ -136,22 +156,16 @@ def header_of(path):
         return json.loads(file.metadata()["config"])
 
 
-def flags(folder, out, steps, file, **changes):
-    given = dict(data=folder, out=out, steps=steps, batch_size=8, device="cpu", precision="fp32", checkpoint_every=5)
-    given |= changes
-    return SMALL[file] + [str(word) for k, v in given.items() for word in ("--" + k.replace("_", "-"), v)]
-
-
-@pytest.mark.parametrize("file", SMALL)
+@pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_processes_learn_what_one_learns(trained, file, kind):
-    one, two = (log_of(trained / f"{file}-{name}") for name in ("one", kind))
+def test_two_processes_learn_what_one_learns(trained, name, kind):
+    one, two = (log_of(trained / f"{name}-{which}") for which in ("one", kind))
     assert [row["step"] for row in two] == ["10", "20"] and [row["images"] for row in two] == ["80", "160"]
     assert float(one[0]["loss"]) != float(one[1]["loss"])
     for a, b in zip(one, two):
         assert abs(float(a["loss"]) - float(b["loss"])) < 1e-5
         assert abs(float(a["grad_norm"]) / float(b["grad_norm"]) - 1) < 1e-3
-    same_weights(*(trained / f"{file}-{name}" / "model.safetensors" for name in ("one", kind)))
+    same_weights(*(trained / f"{name}-{which}" / "model.safetensors" for which in ("one", kind)))
 
 
 def same_weights(one, other):
@@ -171,14 +185,14 @@ def test_another_number_of_processes_goes_on(trained):
 def test_processes_share_a_stream(trained):
     """Eighty pictures of sixty lines: each line once, and twenty or so, of the second pass, again."""
     state, asked = header_of(trained / "stream" / "state.safetensors"), json.loads((trained / "asked.json").read_text())
-    counts, rule = state["stream"]["counts"], state["stream"]["rules"][0]
+    counts, rule = state["stream"]["counts"], dit_t2i.rules_of(state["stream"])[0]
     assert sum(counts.values()) == counts["fetched"] + counts.get("from the cache", 0) == 80
     assert len(rule["next"]) == 2 and len(asked) == 60
     done = [
-        sum(dit_t2i.passed(rule, [turn, shard, line]) for shard, lines in enumerate(lengths) for line in range(lines))
+        sum(dit_t2i.is_done(rule, (turn, shard, line)) for shard, lines in enumerate(lengths) for line in range(lines))
         for turn, lengths in enumerate(shard_lengths(trained / "shards", turns=3))
     ]
-    assert sum(done) == 80 and done[0] <= 60
+    assert sum(done) == 80 and done[0] == 60
 
 
 def shard_lengths(folder, turns):
@@ -187,18 +201,25 @@ def shard_lengths(folder, turns):
     return [[lengths[i] for i in common.epoch_order(0, turn, len(lengths))] for turn in range(turns)]
 
 
+def test_both_stages_of_serpentine_vae_follow_each_other(trained):
+    """Each process has the VAE that the first one wrote."""
+    assert header_of(trained / "both-vae" / "model.safetensors")["step"] == 3
+    header = header_of(trained / "both" / "model.safetensors")
+    assert header["step"] == 3 and header["vae"]
+
+
 def test_accumulation_changes_nothing(captioned, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, parts in (("one", 1), ("four", 4)):
-        assert dit_t2i.main(["train", *flags(captioned, name, 10, "dit_t2i.py", grad_accum=parts)]) == 0
+        assert dit_t2i.main(words_of("dit_t2i", captioned, name, 10, grad_accum=parts)[1]) == 0
     one, four = (float(log_of(tmp_path / name)[0]["loss"]) for name in ("one", "four"))
     assert abs(one - four) < 1e-6
 
 
 def test_killed_process_ends_the_attempt_and_torchrun_goes_on_from_the_last_checkpoint(captioned, launch, tmp_path):
     """kill -9 of one process, twice: the first time there is another attempt, the second time there is none left."""
-    file, out, every = "dit_t2i.py", tmp_path / "run", 5
-    words = flags(captioned, out, 1000, file, checkpoint_every=every)
+    out, every = tmp_path / "run", 5
+    file, words = words_of("dit_t2i", captioned, out, 1000, checkpoint_every=every)
     job, reached = launch(file, *words, processes=2, options=["--max-restarts", "1"]), [0]
     for number in range(2):
         deadline = time.time() + 60
@@ -215,7 +236,7 @@ def test_killed_process_ends_the_attempt_and_torchrun_goes_on_from_the_last_chec
     assert told.count("resumed at step") == 1 and resumed > 0 and resumed % every == 0
     step = header_of(out / "state.safetensors")["step"]
     assert resumed < step < 1000
-    out_again, _ = ended(launch(file, *flags(captioned, out, step + 10, file, checkpoint_every=every), "--resume"))
+    out_again, _ = ended(launch(*flat(words_of("dit_t2i", captioned, out, step + 10)), "--resume"))
     assert f"resumed at step {step}" in out_again
     steps = [int(row["step"]) for row in log_of(out)]
     assert steps == sorted(set(steps)) and steps[-1] == step + 10
@@ -227,26 +248,25 @@ def children(pid):
 
 
 def test_mistake_ends_the_job_with_its_reason(captioned, launch, tmp_path):
-    file = "jit_lab.py"
-    _, err = ended(launch(file, *flags(captioned, "run", 5, file, batch_size=9), processes=2), 1)
+    _, err = ended(launch(*flat(words_of("jit_lab", captioned, "run", 5, batch_size=9)), processes=2), 1)
     assert "error: a batch of 9 is no multiple of 2, --grad-accum times processes" in err
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("dear")
-    words = flags(captioned, "full", 5, file)
-    _, err = ended(launch(file, *words, processes=2, options=["--max-restarts", "1"]), 1)
+    words = flat(words_of("jit_lab", captioned, "full", 5))
+    _, err = ended(launch(*words, processes=2, options=["--max-restarts", "1"]), 1)
     assert err.count("error: full holds files but no checkpoint") == 2  # and again when torchrun tried anew
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["letter.txt"]
-    _, err = ended(launch(file, *flags(captioned, "run", 5, file), "--fsdp"), 2)
+    _, err = ended(launch(*flat(words_of("jit_lab", captioned, "run", 5)), "--fsdp"), 2)
     assert "start them with torchrun" in err and "Traceback" not in err
 
 
 def test_ctrl_c_saves_in_all_processes_at_one_step(captioned, launch, tmp_path):
-    file, out = "dit_t2i.py", tmp_path / "run"
-    job = launch(file, *flags(captioned, out, 5000, file), processes=2)
+    out = tmp_path / "run"
+    job, deadline = launch(*flat(words_of("dit_t2i", captioned, out, 5000)), processes=2), time.time() + 60
     while not (out / "state.safetensors").exists():
-        assert job.poll() is None
+        assert job.poll() is None and time.time() < deadline
         time.sleep(0.05)
-    os.killpg(job.pid, signal.SIGINT)  # as a terminal does
+    os.killpg(job.pid, signal.SIGINT)  # as a terminal does; torchrun hands it on
     told, err = job.communicate(timeout=60)
     step = header_of(out / "state.safetensors")["step"]
     assert f"stopped and saved at step {step}" in told and "torchrun --nproc-per-node 2" in told

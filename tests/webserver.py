@@ -62,7 +62,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(code)
         self.send_header("Content-Length", str(len(content) if length is None else length))
         for key, value in headers.items():
-            self.send_header(key.replace("_", "-"), value)
+            self.send_header(key.replace("_", "-"), value.encode().decode("latin-1"))  # which the library writes
         self.end_headers()
         self.wfile.write(content)
 
@@ -81,7 +81,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif kind in ("404", "500"):
             self.answer(b"", int(kind))
         elif kind == "stall":
-            server.closing.wait(3)
+            server.closing.wait(10)
         elif kind == "drip":
             self.send_response(200)
             self.end_headers()

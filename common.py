@@ -607,7 +607,7 @@ def parallelize(config, model, ema, device, blocks):
         return model
     torch._dynamo.config.optimize_ddp = False  # which would cut compiled blocks to pieces, to no gain here
     devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
 
 
 def shard(model, ema, device, blocks):

@@ -192,25 +192,37 @@ def flow_heun(velocity, x, times, watch=None):
     return x
 
 
-def flow_adams(velocity, x, times, watch=None):
-    """As flow_euler, with the second-order steps of Adams and Bashforth: the velocity at the middle of a step is read
-    off the straight line through the last two. One call of velocity per step, like Euler; the first step and, for
-    flow_heun's reason, the last are Euler's."""
-    v_before, width_before = None, None
+def flow_dpm(velocity, x, times, watch=None):
+    """As flow_euler, with the second-order steps of DPM-Solver++ (Lu et al. 2022, algorithm 2). What is followed is the
+    data that the network sees, x + (end - t) velocity, which changes less than the velocity does: its value for a step
+    is read off the straight line through the last two, drawn over the logarithm of signal to noise. One call of
+    velocity per step, like Euler, and one more in the first step, which is Heun's: on that scale pure noise is
+    infinitely far away, and no line can be drawn from there. Nor to the end, whose step is Euler's."""
+
+    def log_signal_to_noise(noise):
+        return math.log((1 - noise) / noise) if noise < 1 else -math.inf
+
+    end, before = times[-1], None
     for t, t_next in itertools.pairwise(times):
         if watch:
             watch(x, t)
-        v, width = velocity(x, t), t_next - t
-        edge = v_before is None or t_next == times[-1]
-        slope = 0 if edge else (v - v_before) / width_before
-        x = x + width * (v + width / 2 * slope)
-        v_before, width_before = v, width
+        noise, noise_next, v = abs(end - t), abs(end - t_next), velocity(x, t)
+        data = x + (end - t) * v
+        if before is None and t_next != end:
+            x = x + (t_next - t) * (v + velocity(x + (t_next - t) * v, t_next)) / 2
+        else:
+            guess, here = data, log_signal_to_noise(noise)
+            if t_next != end:
+                width, width_before = log_signal_to_noise(noise_next) - here, here - log_signal_to_noise(before[0])
+                guess = data + width / width_before / 2 * (data - before[1])
+            x = noise_next / noise * x + (1 - noise_next / noise) * guess
+        before = noise, data
     if watch:
         watch(x, times[-1])
     return x
 
 
-SOLVERS = {"euler": flow_euler, "heun": flow_heun, "adams": flow_adams}
+SOLVERS = {"euler": flow_euler, "heun": flow_heun, "dpm": flow_dpm}
 
 # ----------------------------------------------------------------------------------------------------------------
 # DDPM: noise in a thousand small steps (Ho et al. 2020). abar is the part of the data's variance that is left:
@@ -275,9 +287,13 @@ class TrainConfig:
     grad_accum: int = option(1, "passes that one optimizer step is divided into", low=1)
     lr: float = option(3e-3, "peak learning rate", low=0.0)
     warmup: float = option(0.05, "rise of the learning rate: part of the budget, or, from 1 on, steps", low=0.0)
-    decay: str = option("cosine", "after the warm-up: fall to zero along a cosine, or stay", choices=("cosine", "none"))
+    decay: str = option(
+        "cosine",
+        "after the warm-up: fall to zero along a cosine or a line, or stay",
+        choices=("cosine", "linear", "none"),
+    )
     beta2: float = option(0.95, "AdamW's memory for squared gradients", low=0.0, high=0.9999)
-    weight_decay: float = option(0.0, "AdamW's pull towards zero", low=0.0)
+    weight_decay: float = option(0.0, "the optimizer's pull of weights towards zero", low=0.0)
     grad_clip: float = option(1.0, "longest gradient that is not shortened", low=1e-9)
     ema: float = option(0.999, "longest memory of the averaged weights that are sampled from", low=0.0, high=0.999999)
     seed: int = option(0, "of weights, data order, noise and crops", low=0, high=2**63)
@@ -685,7 +701,8 @@ def agent_store():
 
 
 def lr_factor(progress, step, warmup, decay):
-    """Factor of the peak learning rate at `progress` (0..1) of the budget: a straight rise, then a cosine to zero.
+    """Factor of the peak learning rate at `progress` (0..1) of the budget: a straight rise, then a fall to zero along a
+    cosine or a line, or none.
 
     warmup: the rise's part of the budget, or, from 1 on, its optimizer steps (`step` of them are done).
     """
@@ -695,16 +712,58 @@ def lr_factor(progress, step, warmup, decay):
     if decay == "none":
         return 1.0
     start = warmup if warmup < 1 else 0.0
-    return 0.5 + 0.5 * math.cos(math.pi * (progress - start) / (1 - start))
+    passed = (progress - start) / (1 - start)
+    return 1 - passed if decay == "linear" else 0.5 + 0.5 * math.cos(math.pi * passed)
 
 
-def make_optimizer(config, model, device):
-    """AdamW over what is to be trained, and the scaler that fp16 needs."""
+class Muon(torch.optim.Optimizer):
+    """Muon for weight matrices, which makes all directions of a step equally long (Jordan et al. 2024; scaled as in Liu
+    et al. 2025, eq. 4, so that AdamW's learning rate serves), and AdamW for all other parameters."""
+
+    def __init__(self, matrices, others, lr, betas, weight_decay, fused):
+        # load_state_dict() asks for `fused` to know where AdamW's counts of steps belong.
+        super().__init__([*matrices, *others], dict(lr=lr, fused=fused))
+        self.parts = (
+            torch.optim.Muon(matrices, lr, weight_decay, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr, betas, weight_decay=weight_decay, fused=fused),
+        )
+
+    def step(self):
+        for part in self.parts:
+            part.state = self.state  # what checkpoints keep
+            part.param_groups[0]["lr"] = self.param_groups[0]["lr"]
+            part.step()
+
+
+def make_optimizer(config, model, device, matrices=()):
+    """AdamW over what is to be trained, with Muon for `matrices`, weights (m, n), if any; and fp16's scaler."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     betas, fused = (0.9, config.beta2), device.type != "mps"
-    optimizer = torch.optim.AdamW(parameters, config.lr, betas, weight_decay=config.weight_decay, fused=fused)
+    if matrices:
+        chosen = set(matrices)
+        others = [p for p in parameters if p not in chosen]
+        optimizer = Muon(matrices, others, config.lr, betas, config.weight_decay, fused)
+    else:
+        optimizer = torch.optim.AdamW(parameters, config.lr, betas, weight_decay=config.weight_decay, fused=fused)
     scaler = torch.amp.GradScaler(device.type, enabled=pick_precision(config.precision, device) == "fp16")
     return optimizer, scaler
+
+
+def narrow_gradients(config, model, device):
+    """Have linear layers keep the gradient of their weight in bfloat16, as `weight.narrow_grad`: half the memory.
+
+    Nothing is lost, since in bf16 autocast computes it so and only then widens it. That holds for layers called once in
+    a step; where gradients are added up (--grad-accum, torchrun), they stay as they are.
+    """
+    if pick_precision(config.precision, device) != "bf16" or config.grad_accum > 1 or dist.is_initialized():
+        return
+
+    def put_aside(weight):
+        weight.narrow_grad, weight.grad = weight.grad.bfloat16(), None
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.weight.requires_grad:
+            module.weight.register_post_accumulate_grad_hook(put_aside)
 
 
 def optimizer_step(config, run, model, ema, optimizer, scaler, costs, times):
@@ -717,13 +776,25 @@ def optimizer_step(config, run, model, ema, optimizer, scaler, costs, times):
     for group in optimizer.param_groups:
         group["lr"] = group["lr"].fill_(lr) if torch.is_tensor(group["lr"]) else lr  # torchao keeps it in a tensor
     scaler.unscale_(optimizer)
-    grad_norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.grad_clip)
+    parameters = optimizer.param_groups[0]["params"]
+    narrow = [p for p in parameters if hasattr(p, "narrow_grad")]
+    # The length of a narrow gradient stands for it, in its place, so that the sum is that of wide ones to the bit.
+    lengths = {p: torch.linalg.vector_norm(p.narrow_grad, dtype=torch.float32) for p in narrow}
+    gradients = [lengths.get(p, p.grad) for p in parameters]
+    grad_norm = nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
+    nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, grad_norm)
     grad_norm = grad_norm.full_tensor() if is_sharded(grad_norm) else grad_norm
     # A GradScaler skips steps that overflow; without one they must not be made.
     run.record(all_gather(costs), all_gather(times), grad_norm, lr, scaler.is_enabled() or bool(grad_norm.isfinite()))
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
+    for weight in narrow:  # widened one by one; AdamW passes over what has no gradient
+        weight.grad = weight.narrow_grad.float()
+        nn.utils.clip_grads_with_norm_(weight, config.grad_clip, grad_norm)
+        optimizer.step()
+        weight.grad = None
+        del weight.narrow_grad
     update_ema(ema, model, run.step, config.ema)
 
 

@@ -1953,6 +1953,8 @@ def train(config):
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     trained = common.parallelize(config, model, ema, device, lambda net: net.layers)
     optimizer, scaler = common.make_optimizer(config, model, device)
+    if config.checkpoint_activations:
+        common.narrow_gradients(config, model, device)
     if run.resume:
         header = run.load(model, ema, optimizer, scaler)
         if config.stream:
@@ -2028,6 +2030,7 @@ class DrawConfig:
     cfg: float | None = option(None, "guidance: 1 conditional, 0 unconditional (default: the weights')", low=0.0)
     steps: int = option(28, "steps from noise to picture", low=1)
     solver: str = option("euler", "how a step is made", choices=tuple(common.SOLVERS))
+    shift: float = option(1.0, "above 1: more of the steps where noise is (Esser et al. 2024, eq. 23)", low=0.01)
     seed: int = option(0, "picture i of a prompt starts from the noise of seed + i", low=0, high=2**63)
     batch_size: int = option(16, "pictures at a time", low=1)
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
@@ -2060,8 +2063,9 @@ def sample(model, options, text, null, shape, watch=None):
     device = next(model.parameters()).device
     precision = common.pick_precision(options.precision, device)
     # Below the least time of training lies a single step, which lands on the predicted data.
-    times = {max(1 - i / options.steps, model.time_min) for i in range(options.steps)}
-    times = [*sorted(times, reverse=True), 0.0]
+    least, count = model.time_min, max(options.steps - (model.time_min > 0), 1)
+    times = [1 - i / count for i in range(options.steps)]
+    times = [least + (1 - least) * options.shift * t / (1 + (options.shift - 1) * t) for t in times] + [0.0]
     text, null = text.to(device), null.to(device)
     jobs = [(row, options.seed + i) for row in range(len(text)) for i in range(options.num)]
     pictures = []

@@ -298,8 +298,8 @@ class GroupNorm(nn.GroupNorm):
         if x.device.type != "cpu" or x.dtype != torch.bfloat16 or torch.is_grad_enabled():
             x = super().forward(x)
             return x if scale is None else torch.addcmul(shift, x, 1 + scale)
-        cells = x.flatten(2).transpose(1, 2)  # (B, N, C), as they lie in memory
-        means = (part.mean(dim=1, dtype=torch.float32) for part in (cells, cells * cells))  # (B, C)
+        cells = x.flatten(2).transpose(1, 2).float()  # (B, N, C), as they lie in memory; a copy
+        means = cells.mean(dim=1), cells.square_().mean(dim=1)  # (B, C)
         centre, square = (part.unflatten(1, (self.num_groups, -1)).mean(dim=2, keepdim=True) for part in means)
         variance = square - centre.square()  # (B, groups, 1)
         slope = self.weight.view(self.num_groups, -1) * (variance.clamp(min=0) + self.eps).rsqrt()
@@ -678,7 +678,7 @@ class DrawConfig:
     steps: int = option(50, "steps from noise to picture; ancestral may take up to 1000", low=1, high=TIMESTEPS)
     solver: str = option(
         "",
-        "euler, heun or adams for flow matching, ddim or ancestral for DDPM (default: the first)",
+        "euler, heun or dpm for flow matching, ddim or ancestral for DDPM (default: the first)",
         choices=("", *common.SOLVERS, "ddim", "ancestral"),
     )
     eta: float = option(0.0, "ddim: fresh noise in its steps, 0 none, 1 as much as ancestral", low=0.0, high=1.0)

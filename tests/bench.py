@@ -55,44 +55,38 @@ def median_seconds(functions, rounds):
 
 
 def training_step(config, precision, device, compiled=False):
-    """One optimizer step of jit_lab's train(), but for the average of the weights: a function of the step's number."""
+    """One optimizer step of jit_lab's train(), a function of its number, on pictures of nothing."""
     torch.manual_seed(0)
     model = jit_lab.build_model(config).to(device)
     if compiled:
         for block in model.blocks:
             block.compile(dynamic=False)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     rgb = torch.randint(0, 256, (64, 3, config.image_size, config.image_size), dtype=torch.uint8)
     data = jit_lab.Dataset(rgb, torch.ones(64, dtype=torch.bool))
 
-    def step(number):
+    def loss():
         x, mask, top, left = jit_lab.draw_batch(config, data, 0, slice(None), device)
         t = jit_lab.draw_times(config, common.Draw(len(x), 0, device=device))
         x_t = common.flow_point(torch.randn_like(x), x, t)
-        with common.autocast(device, precision):
-            output = model(x_t, t, torch.zeros(len(x), dtype=torch.long, device=device), top, left)
-        jit_lab.flow_loss(config, output, x_t, x, t, mask).mean().backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        output = model(x_t, t, torch.zeros(len(x), dtype=torch.long, device=device), top, left)
+        return jit_lab.flow_loss(config, output, x_t, x, t, mask), t
 
-    return step
+    return whole_step(config, precision, device, model, loss, jit_lab.muon_matrices(config, model))
 
 
-def whole_step(config, precision, device, model, loss):
-    """A function of its number that makes one optimizer step from loss() -> (costs (B,), times)."""
+def whole_step(config, precision, device, model, loss, matrices=()):
+    """A function of its number that makes one optimizer step from loss() -> (costs (B,), times). Returns the loss."""
     ema = copy.deepcopy(model)
-    optimizer, _ = common.make_optimizer(config, model, device)
+    config = dataclasses.replace(config, precision=precision)
+    optimizer, scaler = common.make_optimizer(config, model, device, matrices)
 
     def step(number):
         with common.autocast(device, precision):
-            cost, _ = loss()
-        cost.mean().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        common.update_ema(ema, model, number, config.ema)
+            costs, times = loss()
+        scaler.scale(costs.mean()).backward()
+        run = types.SimpleNamespace(progress=0.5, step=number, record=lambda *columns: None)
+        common.optimizer_step(config, run, model, ema, optimizer, scaler, costs.detach(), times)
+        return costs.mean().item()
 
     return step
 
@@ -273,31 +267,32 @@ def bench_text_paper(device):
 
 
 def bench_text_memory(device):
-    """Forward and backward of the 258M model at batch 4, with and without its activations: memory, counted on the CPU,
-    and time."""
+    """A whole optimizer step of the 258M model at batch 4, with and without its activations: memory, counted on the
+    CPU, and time."""
     for checkpointing in (False, True):
-        given = {"preset": "paper", "checkpoint_activations": checkpointing}
+        given = {"preset": "paper", "precision": "bf16", "checkpoint_activations": checkpointing}
         config = common.make_config(dit_t2i.Config, given, dit_t2i.PRESETS)
         torch.manual_seed(0)
-        model = dit_t2i.build_model(config, 4, 32, 0)
+        model, cpu = dit_t2i.build_model(config, 4, 32, 0), torch.device("cpu")
+        if checkpointing:
+            common.narrow_gradients(config, model, cpu)
         x, text = torch.randn(4, 4, 32, 32), torch.randn(4, 77, 768)
 
-        def step(model=model, config=config, x=x, text=text):
-            with torch.autocast("cpu", torch.bfloat16):
-                cost, _ = dit_t2i.flow_loss(config, model, x, text, common.Draw(len(x), 0))
-            cost.mean().backward()
-            return cost.mean().item()
+        def loss(model=model, config=config, x=x, text=text):
+            return dit_t2i.flow_loss(config, model, x, text, common.Draw(len(x), 0))
 
-        step()
+        step = whole_step(config, "bf16", cpu, model, loss)
+        step(101)  # makes the moments
         start = time.perf_counter()
-        loss = step()
+        step(102)
         seconds = time.perf_counter() - start
-        model.zero_grad()
-        peak = peak_bytes(step) / 2**30
-        rest = sum(p.numel() for p in model.parameters() if p.requires_grad) * 4 / 2**30
+        losses = []
+        peak = peak_bytes(lambda step=step, losses=losses: losses.append(step(104))) / 2**30
         activations = kept_for_backward(config, 4)[0] / 2**30
-        print(f"--checkpoint-activations {checkpointing}: loss {loss:.9f}, {4 * 256 / seconds:.0f} image tokens/s,")
-        print(f"{peak:.2f} GiB beside the weights, {rest:.2f} of it gradients; computed: {activations:.2f} GiB kept")
+        print(
+            f"--checkpoint-activations {checkpointing}: loss {losses[0]:.9f}, {4 * 256 / seconds:.0f} image tokens/s,"
+        )
+        print(f"{peak:.2f} GiB beside weights, moments and averages; computed: {activations:.2f} GiB kept for backward")
 
 
 @torch.no_grad()
@@ -371,19 +366,23 @@ def bench_text_sample(device):
 
 
 def bench_text_solvers(device):
-    """Distance to the solution in 1,000 steps of Heun, over 8 prompts, without rounding."""
+    """Distance to the solution, 200 steps of Heun, over 32 prompts, without rounding."""
     model, config, header = dit_t2i.load_model(ROOT / "weights" / "dit_t2i.safetensors", device)
     words = dit_t2i.Words(header["text"]["words"], header["text"]["length"])
-    text, null = words([f"a {colour} car" for colour in dit_t2i.HUES]), words([""])
+    things = "car", "fish", "house", "apple"
+    text, null = words([f"a {colour} {thing}" for thing in things for colour in dit_t2i.HUES]), words([""])
 
-    def draw(solver, steps):
-        options = dit_t2i.SampleConfig(num=1, cfg=config.cfg, precision="fp32", solver=solver, steps=steps)
+    def draw(solver, steps, shift=1.0):
+        options = dit_t2i.SampleConfig(num=1, cfg=config.cfg, precision="fp32", batch_size=32)
+        options = dataclasses.replace(options, solver=solver, steps=steps, shift=shift)
         return dit_t2i.sample(model, options, text, null, (3, config.image_size, config.image_size))
 
-    exact = draw("heun", 1000)
-    for solver, steps in (("euler", 14), ("euler", 28), ("adams", 14), ("adams", 28), ("heun", 14)):
-        away = (draw(solver, steps) - exact).square().mean().sqrt()
-        print(f"{solver} in {steps} steps: {away:.4f} from the solution")
+    exact = draw("heun", 200, 1.4)
+    for solver in ("euler", "dpm", "heun"):
+        for steps in (14, 28):
+            for shift in (1.0, 1.4):
+                away = (draw(solver, steps, shift) - exact).square().mean().sqrt()
+                print(f"{solver} in {steps} steps, --shift {shift}: {away:.4f} from the solution", flush=True)
 
 
 def bench_unet_demo(device):

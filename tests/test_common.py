@@ -112,9 +112,34 @@ def test_learning_rate_rises_then_falls():
     assert factor(0.0) == 0 and factor(0.05) == pytest.approx(0.5)
     assert factor(0.1) == pytest.approx(1) and factor(0.55) == pytest.approx(0.5)
     assert factor(1.0) == pytest.approx(0, abs=1e-12)
+    assert factor(0.25, decay="linear") == pytest.approx(0.75 / 0.9) and factor(1.0, decay="linear") == 0
     assert factor(0.9, decay="none") == 1 and factor(0.0, 0.0) == 1
     # From 1 on, the warm-up counts steps.
     assert [factor(0.0, 4, "none", step) for step in range(5)] == [0.25, 0.5, 0.75, 1, 1]
+
+
+def test_muon_makes_all_directions_of_a_step_equally_long():
+    """Against U V^T of the gradient's singular value decomposition, from which its five iterations stay within a third;
+    what is no matrix, AdamW steps."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(24, 40)
+    twin = torch.nn.Linear(24, 40)
+    twin.load_state_dict(model.state_dict())
+    before = model.weight.detach().clone()
+    optimizer = common.Muon([model.weight], [model.bias], 0.01, (0.9, 0.95), 0.0, True)
+    adamw = torch.optim.AdamW([twin.bias], 0.01, (0.9, 0.95), weight_decay=0.0)
+    for part in (optimizer, adamw):
+        part.param_groups[0]["lr"] /= 2  # as a warm-up would
+    x = torch.randn(64, 24) * torch.logspace(0, -1, 24)  # a gradient with long directions and short ones
+    for net in (model, twin):
+        net(x).square().mean().backward()
+    u, lengths, v = torch.linalg.svd(model.weight.grad, full_matrices=False)
+    optimizer.step()
+    adamw.step()
+    step = (before - model.weight.detach()) / (0.005 * 0.2 * 40**0.5)
+    assert lengths[0] / lengths[-1] > 10
+    assert (u.T @ step @ v.T - torch.eye(24)).abs().max() < 0.35
+    assert torch.allclose(model.bias, twin.bias, atol=1e-7)
 
 
 def test_ema_is_the_weighted_sum_it_claims_to_be():

@@ -165,12 +165,13 @@ def test_two_processes_learn_what_one_learns(trained, name, kind):
     for a, b in zip(one, two):
         assert abs(float(a["loss"]) - float(b["loss"])) < 1e-5
         assert abs(float(a["grad_norm"]) / float(b["grad_norm"]) - 1) < 1e-3
-    same_weights(*(trained / f"{name}-{which}" / "model.safetensors" for which in ("one", kind)))
+    apart = 5e-3 if name == "jit_lab" else 1e-3  # Muon's iterations are in bfloat16
+    same_weights(*(trained / f"{name}-{which}" / "model.safetensors" for which in ("one", kind)), apart)
 
 
-def same_weights(one, other):
+def same_weights(one, other, apart=1e-3):
     a, b = load_file(one), load_file(other)
-    assert a.keys() == b.keys() and max((a[key] - b[key]).abs().max() for key in a) < 1e-3
+    assert a.keys() == b.keys() and max((a[key] - b[key]).abs().max() for key in a) < apart
 
 
 def test_another_number_of_processes_goes_on(trained):

@@ -146,7 +146,7 @@ def compare_training(title, config, device, rounds, training_step=training_step)
 
 def bench_demo(device):
     """Whole pictures, so that every step does the same work."""
-    config = common.make_config(jit_lab.Config, {"full_image_prob": 1.0}, jit_lab.PRESETS)
+    config = common.make_config(jit_lab.Config, {"full_image_prob": 1.0, "optimizer": "muon"}, jit_lab.PRESETS)
     compare_training("demo preset, full pictures", config, device, 9)
 
 

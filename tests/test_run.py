@@ -99,6 +99,23 @@ def test_killed_run_resumes_to_the_same_bits(train, folder, tmp_path):
     same_bits(tmp_path / "whole", tmp_path / "killed")
 
 
+def test_muon_is_for_machines_with_fast_bfloat16(train, tmp_path, monkeypatch):
+    """Elsewhere a step of it would take seconds; a run goes on with the optimizer that it has."""
+    kept = {}
+    for fast in ("bf16", "fp32"):
+        monkeypatch.setattr(common, "pick_precision", lambda wanted, device, fast=fast: fast)
+        train(tmp_path / fast, steps=2, optimizer="auto")
+        kept[fast] = {
+            key.split(".")[2] for key in load_file(tmp_path / fast / "state.safetensors") if "optimizer." in key
+        }
+    assert kept == {
+        "bf16": {"step", "exp_avg", "exp_avg_sq", "momentum_buffer"},
+        "fp32": {"step", "exp_avg", "exp_avg_sq"},
+    }
+    with pytest.raises(UserError, match="--optimizer"):
+        train(tmp_path / "bf16", steps=4, optimizer="auto", resume=True)
+
+
 def test_run_folder_holds_what_the_readme_says(train, tmp_path):
     train(tmp_path / "run", steps=20)
     run = tmp_path / "run"

@@ -97,8 +97,8 @@ class Config(common.TrainConfig):
 PRESETS = {
     # A picture's lightness fills its scale and its chroma does not: noise of 1 buries colour until the last steps.
     # These are about what noise of 1 in RGB comes to. Since they leave more to be seen at any t, times lie nearer to
-    # the noise. Muon and a straight fall of the learning rate learn from 70,000 pictures what AdamW and a cosine learn
-    # from 120,000; an average of the weights that long as theirs would lag behind.
+    # the noise. From 70,000 pictures Muon and a straight fall of the learning rate learn about what AdamW and a cosine
+    # learn from 120,000; an average of the weights as long as theirs would lag behind.
     "demo": dict(
         minutes=10.0, optimizer="auto", decay="linear", ema=0.995, time_mean=-0.7, lab_noise=(0.6, 0.35, 0.35)
     ),

@@ -305,13 +305,17 @@ class TrainConfig:
     resume: bool = option(False, "go on from the last checkpoint in --out, exactly")
 
 
+def flag_of(field):
+    return field.metadata["flag"] or "--" + field.name.replace("_", "-")
+
+
 def check_config(config):
     """Raise UserError for a value out of its range, naming the option."""
     for field in dataclasses.fields(config):
         value, limits = getattr(config, field.name), field.metadata
         values = value if isinstance(value, tuple | list) else (value,)
         for v in values:
-            flag = "--" + field.name.replace("_", "-")
+            flag = flag_of(field)
             if limits["choices"] and v not in limits["choices"]:
                 raise UserError(f"{flag} {v}: choose one of {', '.join(limits['choices'])}")
             # Written so that nan, which is neither small nor large, fails too.
@@ -319,6 +323,21 @@ def check_config(config):
                 raise UserError(f"{flag} {v}: must be at least {limits['low']}")
             if v is not None and limits["high"] is not None and not v <= limits["high"]:
                 raise UserError(f"{flag} {v}: must be at most {limits['high']}")
+
+
+def differences(config, before, names):
+    """Where `before`, the config in a checkpoint's header, is not ours, in fields that `names` has: at most three of
+    them, as "--depth 6 (not 12), --patch-size 8 (not 4)". An option that is younger than the checkpoint was at its
+    default."""
+    fields = [field for field in dataclasses.fields(config) if field.name in names]
+    then, now = {field.name: field.default for field in fields}, dataclasses.asdict(config)
+    then, now = json.loads(json.dumps(then)) | before, json.loads(json.dumps(now))
+    changed = [field for field in fields if then[field.name] != now[field.name]]
+
+    def shown(value):
+        return "none" if value in ("", None, []) else value
+
+    return ", ".join(f"{flag_of(f)} {shown(then[f.name])} (not {shown(now[f.name])})" for f in changed[:3])
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -342,7 +361,7 @@ def add_options(parser, config_class):
             extra |= {"type": kind, "metavar": "|".join(field.metadata["choices"] or [kind.__name__.upper()])}
         shown = "" if field.default in (None, "", False) else f" [{field.default}]"
         help = (field.metadata["help"] + shown).replace("%", "%%")
-        name = field.metadata["flag"] or "--" + field.name.replace("_", "-")
+        name = flag_of(field)
         if field.metadata["positional"]:
             name, extra = field.name, {"nargs": "*"}
         elif field.metadata["flag"]:
@@ -735,11 +754,22 @@ class Muon(torch.optim.Optimizer):
             part.step()
 
 
-def make_optimizer(config, model, device, matrices=()):
-    """AdamW over what is to be trained, with Muon for `matrices`, weights (m, n), if any; and fp16's scaler."""
+def settle_optimizer(config, device):
+    """config with `auto` of an --optimizer that offers Muon decided: its iterations are in bfloat16, and take a hundred
+    times as long where that is emulated."""
+    if config.optimizer != "auto":
+        return config
+    fast = pick_precision("auto", device) == "bf16"
+    return dataclasses.replace(config, optimizer="muon" if fast else "adamw")
+
+
+def make_optimizer(config, model, device, hidden=()):
+    """AdamW over what is to be trained, and fp16's scaler. With --optimizer muon, Muon for the weights (m, n) within
+    the modules `hidden`, through which every token passes; what embeds, modulates or reads out stays with AdamW."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     betas, fused = (0.9, config.beta2), device.type != "mps"
-    if matrices:
+    if hidden and config.optimizer == "muon":
+        matrices = [p for module in hidden for p in module.parameters() if p.dim() == 2 and p.requires_grad]
         chosen = set(matrices)
         others = [p for p in parameters if p not in chosen]
         optimizer = Muon(matrices, others, config.lr, betas, config.weight_decay, fused)
@@ -1297,12 +1327,14 @@ def fingerprint(module):
     return [round(tensor.detach().cpu().double().abs().mean().item(), 6) for tensor in some]
 
 
+def is_same_network(mine, wanted):
+    """Whether two fingerprints are of the same weights, perhaps in another precision."""
+    return len(mine) == len(wanted) and all(abs(a - b) <= 1e-5 + 0.005 * abs(b) for a, b in zip(mine, wanted))
+
+
 def check_partner(flag, module, wanted):
     """Raise UserError if the VAE or CLIP that was given is not the one that training had."""
-    if module is None or not wanted:
-        return
-    mine = fingerprint(module)
-    if len(mine) != len(wanted) or any(abs(a - b) > 1e-5 + 0.005 * abs(b) for a, b in zip(mine, wanted)):
+    if module is not None and wanted and not is_same_network(fingerprint(module), wanted):
         raise UserError(f"{flag}: these are not the weights that this model was trained with; name those")
 
 
@@ -1752,7 +1784,7 @@ class Chart:
 # May differ between a run and its resumption: how long, where, and how often to save. All else would change the run.
 MAY_CHANGE = {"out", "minutes", "steps", "epochs", "vae", "clip", "device", "compile", "checkpoint_every", "resume"}
 MAY_CHANGE |= {"vae_minutes", "vae_steps", "checkpointing", "checkpoint_activations", "grad_accum", "fsdp", "cache_gb"}
-MAY_CHANGE |= {"stream", "threads", "per_host", "timeout", "retries", "max_mb", "schemes", "private_hosts"}
+MAY_CHANGE |= {"stream", "threads", "per_host", "timeout", "retries", "max_mb", "schemes", "private_hosts", "start"}
 PROGRESS_BAR = "{percentage:3.0f}% {bar} {elapsed} passed, {remaining} left{postfix}"
 NOISE_BINS = 8
 LOG_COLUMNS = ["step", "seconds", "images", "loss", "lr", "grad_norm", "images_per_second"]
@@ -1967,13 +1999,8 @@ class Run:
         tensors, header = load_tensors(self.state_path)
         if not header or header.get("system") != self.system:
             raise UserError(f"{self.state_path} is no run of {self.system}.py; name another --out")
-        # An option that is younger than the run was at its default.
-        defaults = {field.name: field.default for field in dataclasses.fields(self.config)}
-        before = json.loads(json.dumps(defaults)) | header["config"]
-        now = json.loads(json.dumps(dataclasses.asdict(self.config)))
-        changed = [k for k in now if now[k] != before[k] and k not in MAY_CHANGE]
-        if changed:
-            asked = ", ".join(f"--{k.replace('_', '-')} {before[k]} (not {now[k]})" for k in changed[:3])
+        names = {field.name for field in dataclasses.fields(self.config)} - MAY_CHANGE
+        if asked := differences(self.config, header["config"], names):
             raise UserError(f"{self.folder} was made with {asked}; resume with the same options, or name another --out")
         other = [key for key, value in self.header.items() if header.get(key) != value]
         if other:

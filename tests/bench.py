@@ -60,7 +60,7 @@ def training_step(config, precision, device, compiled=False):
     model = jit_lab.build_model(config).to(device)
     if compiled:
         for block in model.blocks:
-            block.compile(dynamic=False)
+            block.compile(dynamic=True)
     rgb = torch.randint(0, 256, (64, 3, config.image_size, config.image_size), dtype=torch.uint8)
     data = jit_lab.Dataset(rgb, torch.ones(64, dtype=torch.bool))
 
@@ -71,14 +71,14 @@ def training_step(config, precision, device, compiled=False):
         output = model(x_t, t, torch.zeros(len(x), dtype=torch.long, device=device), top, left)
         return jit_lab.flow_loss(config, output, x_t, x, t, mask), t
 
-    return whole_step(config, precision, device, model, loss, jit_lab.muon_matrices(config, model))
+    return whole_step(config, precision, device, model, loss, jit_lab.hidden_parts(model))
 
 
-def whole_step(config, precision, device, model, loss, matrices=()):
+def whole_step(config, precision, device, model, loss, hidden=()):
     """A function of its number that makes one optimizer step from loss() -> (costs (B,), times). Returns the loss."""
     ema = copy.deepcopy(model)
     config = dataclasses.replace(config, precision=precision)
-    optimizer, scaler = common.make_optimizer(config, model, device, matrices)
+    optimizer, scaler = common.make_optimizer(config, model, device, hidden)
 
     def step(number):
         with common.autocast(device, precision):
@@ -104,7 +104,7 @@ def text_training_step(config, precision, device, compiled=False):
     def loss():
         return dit_t2i.flow_loss(config, model, x, text, common.Draw(len(x), 0, device=device))
 
-    return whole_step(config, precision, device, model, loss)
+    return whole_step(config, precision, device, model, loss, dit_t2i.hidden_parts(model))
 
 
 def unet_training_step(config, precision, device, compiled=False, channels=12, size=20):
@@ -223,7 +223,7 @@ def bench_data(device):
 
 def bench_text_demo(device):
     """Where the time of a compiled step goes, beside the ratios: matrix products by oneDNN and by BLAS."""
-    config = common.make_config(dit_t2i.Config, {}, dit_t2i.PRESETS)
+    config = common.make_config(dit_t2i.Config, {"optimizer": "muon"}, dit_t2i.PRESETS)
     compare_training("text to image, demo preset", config, device, 9, text_training_step)
     step = text_training_step(config, common.pick_precision("auto", device), device, compiled=True)
     for number in range(3):

@@ -714,7 +714,8 @@ def test_a_run_of_either_architecture_resumes_and_draws_at_any_size(arch, train,
     assert Image.open(tmp_path / "s.png").size == (32, 16)
 
 
-def test_what_saves_memory_changes_no_bit(train, tmp_path, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_what_saves_memory_changes_no_bit(optimizer, train, tmp_path, monkeypatch):
     """Layers computed twice, and gradients of linear layers kept in bfloat16 as autocast computes them."""
     kept, put_aside = [], common.narrow_gradients
 
@@ -725,8 +726,9 @@ def test_what_saves_memory_changes_no_bit(train, tmp_path, monkeypatch):
         )
 
     monkeypatch.setattr(common, "narrow_gradients", watched)
-    train(tmp_path / "plain", steps=6, precision="bf16", grad_clip=0.1)
-    train(tmp_path / "small", steps=6, precision="bf16", grad_clip=0.1, checkpoint_activations=True)
+    options = dict(steps=6, precision="bf16", grad_clip=0.1, optimizer=optimizer)
+    train(tmp_path / "plain", **options)
+    train(tmp_path / "small", checkpoint_activations=True, **options)
     assert kept == [(None, torch.bfloat16)] * 6
     one, other = (load_file(tmp_path / name / "state.safetensors") for name in ("plain", "small"))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
@@ -737,11 +739,14 @@ def test_what_saves_memory_changes_no_bit(train, tmp_path, monkeypatch):
         assert model[0].weight.grad is not None
 
 
-def test_resumed_run_ends_with_the_same_bits(train, tmp_path):
-    train(tmp_path / "whole", steps=8, grad_accum=2)
-    train(tmp_path / "halves", steps=4, grad_accum=2, decay="none", warmup=0.0, time_fall=0.0)
-    train(tmp_path / "plain", steps=8, grad_accum=2, decay="none", warmup=0.0, time_fall=0.0)
-    train(tmp_path / "halves", steps=8, grad_accum=2, decay="none", warmup=0.0, time_fall=0.0, resume=True)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resumed_run_ends_with_the_same_bits(optimizer, train, tmp_path):
+    options = dict(grad_accum=2, optimizer=optimizer)
+    train(tmp_path / "whole", steps=8, **options)
+    options |= dict(decay="none", warmup=0.0, time_fall=0.0)
+    train(tmp_path / "halves", steps=4, **options)
+    train(tmp_path / "plain", steps=8, **options)
+    train(tmp_path / "halves", steps=8, resume=True, **options)
     for name in ("model.safetensors", "state.safetensors", "best.safetensors"):
         one, other = load_file(tmp_path / "plain" / name), load_file(tmp_path / "halves" / name)
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
@@ -796,6 +801,43 @@ def test_model_learns_which_word_is_which_colour(train, tmp_path):
     options = SampleConfig(num=4, cfg=2.0, precision="fp32")
     drawn = dit_t2i.sample(model, options, text, null, (3, 8, 8)).mean(dim=(2, 3))
     assert drawn.argmax(dim=1).tolist() == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_run_begins_with_other_weights_and_teaches_them_new_words(train, captioned, tmp_path):
+    """A step of no length leaves every weight where it began; words keep their numbers, and new ones come behind."""
+    train(tmp_path / "first", steps=2)
+    first = tmp_path / "first" / "best.safetensors"
+    for side_car in captioned.glob("*.txt"):
+        side_car.write_text("amber tile")
+    train(tmp_path / "second", steps=1, lr=1e-30, start=str(first))
+    second = tmp_path / "second" / "model.safetensors"
+    (old, before), (new, after) = common.load_tensors(first), common.load_tensors(second)
+    assert after["text"]["words"] == [*before["text"]["words"], "amber"] and "amber" not in before["text"]["words"]
+    table = new.pop("words.weight")
+    assert len(table) == len(old["words.weight"]) + 1 and table[-1].abs().max() > 0
+    assert (table[:-1] - old.pop("words.weight")).abs().max() < 1e-20
+    assert old.keys() == new.keys() and all((old[key] - new[key]).abs().max() < 1e-20 for key in old)
+    first.unlink()  # a run that goes on has all it needs
+    train(tmp_path / "second", steps=2, lr=1e-30, start="gone", resume=True)
+    assert common.load_tensors(second)[1]["text"] == after["text"]
+
+
+def test_weights_that_do_not_belong_to_a_run_are_refused(train, tmp_path):
+    train(tmp_path / "first", steps=1)
+    first = tmp_path / "first" / "model.safetensors"
+    with pytest.raises(UserError, match=r"trained with --depth 2 \(not 3\); give the same"):
+        train(tmp_path / "deeper", steps=1, depth=3, start=str(first))
+    weights, header = common.load_tensors(first)
+    common.save_tensors(tmp_path / "other.safetensors", weights, header | {"vae": [0.5, 0.25]})
+    with pytest.raises(UserError, match="another VAE"):
+        train(tmp_path / "latent", steps=1, start=str(tmp_path / "other.safetensors"))
+    header["text"] = {"clip": [0.5, 0.25]}
+    del weights["words.weight"]
+    common.save_tensors(tmp_path / "other.safetensors", weights, header)
+    with pytest.raises(UserError, match="through CLIP, this run through a word table"):
+        train(tmp_path / "clip", steps=1, start=str(tmp_path / "other.safetensors"))
+    with pytest.raises(UserError, match="no weights at"):
+        train(tmp_path / "nothing", steps=1, start="nowhere.safetensors")
 
 
 def test_other_pictures_under_the_same_name_are_not_resumed_with(train, captioned, tmp_path):

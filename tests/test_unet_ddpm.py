@@ -104,6 +104,33 @@ def test_group_norm_in_bfloat16_is_torchs_rounded(memory_format):
     assert torch.allclose(in_float32, exact, atol=1e-4)
 
 
+@pytest.mark.parametrize("side", [4, 8])
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_convolution_of_small_maps_is_torchs(monkeypatch, side, memory_format):
+    """Forward and backward; a product where weights in channels-last outweigh the map, torch's own elsewhere."""
+    conv = unet_ddpm.Conv(48, 24).to(memory_format=memory_format)
+    x = torch.randn(2, 48, side, side, requires_grad=True)
+    wanted = torch.nn.functional.conv2d(x, conv.weight, conv.bias, padding=1)
+    products = []
+
+    def linear(*given, honest=torch.nn.functional.linear):
+        products.append(1)
+        return honest(*given)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    out = conv(x)
+    assert len(products) == (side == 4 and memory_format == torch.channels_last)
+    assert torch.allclose(out, wanted, atol=1e-5)
+    towards = torch.randn_like(out)
+    for mine, theirs in zip(*(torch.autograd.grad(y, (x, *conv.parameters()), towards) for y in (out, wanted))):
+        assert torch.allclose(mine, theirs, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = conv(x)
+    rounded.backward(towards.bfloat16())
+    assert rounded.dtype == torch.bfloat16 and (rounded.float() - wanted).abs().max() < 0.02
+    assert conv.weight.grad.is_contiguous(memory_format=memory_format)  # AdamW would have to copy any other
+
+
 def test_what_is_done_in_place_for_sampling_changes_nothing():
     model, x, t = awake(), torch.randn(2, 3, 8, 8), torch.tensor([3.0, 700.0])
     before, out = x.clone(), model(x, t)
@@ -398,7 +425,9 @@ def tagged(tmp_path):
 
 @pytest.fixture
 def train(tagged, tmp_path, monkeypatch):
+    """Train the tiny model in this process, with pictures at the end alone."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "MARKS", (1.0,))
 
     def run(out, **changes):
         values = dict(TINY, data=str(tagged), out=str(out), batch_size=8, lr=1e-3, minutes=None, device="cpu")
@@ -461,12 +490,12 @@ def test_finetuning_starts_where_the_base_ended(train, tmp_path):
         (dict(exclude_tags=("rare",)), "--exclude-tags goes with --stage exclude"),
         (dict(start="base"), "--from goes with --stage finetune"),
         (dict(predict="v"), "--predict v goes with --objective ddpm"),
-        (dict(stage="finetune", start="base", objective="ddpm"), "with --objective flow, not ddpm"),
-        (dict(stage="finetune", start="base", image_size=32), "with --image-size 16, not 32"),
+        (dict(stage="finetune", start="base", objective="ddpm"), r"with --objective flow \(not ddpm\); give"),
+        (dict(stage="finetune", start="base", image_size=32), r"with --image-size 16 \(not 32\); give"),
         (dict(fold=3), "--fold 3 does not divide"),
         (dict(model_channels=48), "multiple of 32"),
         (dict(attention_resolutions=(7,)), "sides are 8, 4; name one"),
-        (dict(stage="finetune", start="base", model_channels=64), "with --model-channels 32, not 64"),
+        (dict(stage="finetune", start="base", model_channels=64), r"with --model-channels 32 \(not 64\); give"),
     ],
 )
 def test_stage_that_cannot_be_is_refused(train, tmp_path, changes, message):

@@ -852,8 +852,10 @@ def worth_compiling(config, device):
         return False
     if (config.minutes or 5) < 5 or (config.steps or 1000) < 1000:
         return False
-    # Nobody asked for it, so a compiler that is there but does not work is no reason to stop.
+    # Nobody asked for it, so a compiler that is there but does not work, or that was killed and left half a file in its
+    # cache, is no reason to stop; nor in the backward pass, which is compiled with the forward pass to that end.
     torch._dynamo.config.suppress_errors = True
+    torch._functorch.config.force_non_lazy_backward_lowering = True
     return True
 
 

@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import re
 import warnings
 from html.parser import HTMLParser
@@ -159,6 +160,33 @@ def test_ema_is_the_weighted_sum_it_claims_to_be():
     before = ema.weight.clone()
     common.update_ema(ema, model, 401, 0.98)
     assert torch.equal(ema.weight, before)
+
+
+def test_compiler_that_does_not_work_stops_nothing(tmp_path, monkeypatch):
+    """One that writes empty files. A linear layer's forward pass does without it, its backward pass would not."""
+    for name in ("c++", "g++", "clang++"):
+        (tmp_path / name).write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do echo; shift || exit; done; : > "$2"\n')
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", False)  # what is to be set comes back afterwards
+    monkeypatch.setattr(torch._functorch.config, "force_non_lazy_backward_lowering", False)
+    assert common.worth_compiling(common.TrainConfig(steps=1000), torch.device("cpu"))
+
+    class Block(torch.nn.Module):  # the compiler would pass over a module of torch's own
+        def __init__(self, activation):
+            super().__init__()
+            self.linear, self.activation = torch.nn.Linear(3, 4), activation
+
+        def forward(self, x):
+            return self.activation(self.linear(x))
+
+    for activation in (torch.nn.Identity(), torch.nn.SiLU()):
+        block, x = Block(activation), torch.randn(2, 3)
+        (expected,) = torch.autograd.grad(block(x).sum(), block.linear.bias)
+        block.compile()
+        (given,) = torch.autograd.grad(block(x).sum(), block.linear.bias)
+        assert torch.allclose(given, expected)
 
 
 # ---- pictures in ----

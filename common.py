@@ -27,6 +27,7 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import types
 import typing
@@ -268,11 +269,12 @@ class UserError(Exception):
     """A user's mistake: what is wrong and what to do, in one line. The command line prints it and exits with 2."""
 
 
-def option(default, help, choices=None, low=None, high=None, positional=False, flag=None):
+def option(default, help, choices=None, low=None, high=None, positional=False, flag=None, picture=""):
     """A dataclass field that is also a command line option: its reason, and the values it may take. A positional one
-    takes the words that follow the verb; `flag` is its name where that is not the field's."""
-    limits = {"help": help, "choices": choices, "low": low, "high": high, "positional": positional, "flag": flag}
-    return dataclasses.field(default=default, metadata=limits)
+    takes the words that follow the verb; `flag` is its name where that is not the field's; `picture` says that it names
+    a file for a "still" or a "film"."""
+    limits = {"help": help, "choices": choices, "low": low, "high": high, "picture": picture}
+    return dataclasses.field(default=default, metadata=limits | {"positional": positional, "flag": flag})
 
 
 @dataclasses.dataclass
@@ -318,11 +320,14 @@ def check_config(config):
             flag = flag_of(field)
             if limits["choices"] and v not in limits["choices"]:
                 raise UserError(f"{flag} {v}: choose one of {', '.join(limits['choices'])}")
-            # Written so that nan, which is neither small nor large, fails too.
-            if v is not None and limits["low"] is not None and not v >= limits["low"]:
+            if isinstance(v, float) and math.isnan(v):
+                raise UserError(f"{flag} {v}: must be a number")
+            if v is not None and limits["low"] is not None and v < limits["low"]:
                 raise UserError(f"{flag} {v}: must be at least {limits['low']}")
-            if v is not None and limits["high"] is not None and not v <= limits["high"]:
+            if v is not None and limits["high"] is not None and v > limits["high"]:
                 raise UserError(f"{flag} {v}: must be at most {limits['high']}")
+            if v and limits["picture"]:  # now, rather than when all is drawn
+                picture_format(v, limits["picture"] == "film")
 
 
 def differences(config, before, names):
@@ -347,8 +352,9 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
-def add_options(parser, config_class):
-    """One --flag per field of a dataclass; only what is given on the command line ends up in the namespace."""
+def add_options(parser, config_class, preset):
+    """One --flag per field of a dataclass; only what is given on the command line ends up in the namespace. preset: the
+    values that stand in for the fields' defaults."""
     for field in dataclasses.fields(config_class):
         kind, extra = field.type, {}
         if isinstance(kind, types.UnionType):  # `float | None` is a float that may be absent
@@ -359,7 +365,8 @@ def add_options(parser, config_class):
             extra = {"action": argparse.BooleanOptionalAction}
         else:
             extra |= {"type": kind, "metavar": "|".join(field.metadata["choices"] or [kind.__name__.upper()])}
-        shown = "" if field.default in (None, "", False) else f" [{field.default}]"
+        default = preset.get(field.name, field.default)
+        shown = "" if default in (None, "", False) else f" [{default}]"
         help = (field.metadata["help"] + shown).replace("%", "%%")
         name = flag_of(field)
         if field.metadata["positional"]:
@@ -392,7 +399,7 @@ def run_command_line(doc, verbs, argv=None):
         sub = parsers.add_parser(name, help=help, description=help)
         if presets:
             sub.add_argument("--preset", choices=list(presets), default="demo", help="sizes and settings [demo]")
-        add_options(sub, config_class)
+        add_options(sub, config_class, (presets or {}).get("demo", {}))
     keep_freed_memory()
     try:
         given = vars(parser.parse_args(argv))
@@ -726,13 +733,10 @@ def lr_factor(progress, step, warmup, decay):
     warmup: the rise's part of the budget, or, from 1 on, its optimizer steps (`step` of them are done).
     """
     rise = (step + 1) / warmup if warmup >= 1 else progress / warmup if warmup else 1.0
-    if rise < 1:
-        return rise
-    if decay == "none":
-        return 1.0
     start = warmup if warmup < 1 else 0.0
-    passed = (progress - start) / (1 - start)
-    return 1 - passed if decay == "linear" else 0.5 + 0.5 * math.cos(math.pi * passed)
+    passed = max(0.0, progress - start) / (1 - start)
+    fall = {"none": 1.0, "linear": 1 - passed, "cosine": 0.5 + 0.5 * math.cos(math.pi * passed)}[decay]
+    return min(rise, fall)
 
 
 class Muon(torch.optim.Optimizer):
@@ -932,7 +936,10 @@ def export(system):
     def command(options):
         if not options.out:
             raise UserError("name the file to write with --out")
-        tensors, header = load_tensors(find_weights(options.weights, system))
+        path = find_weights(options.weights, system)
+        tensors, header = load_tensors(path)
+        if (header or {}).get("system") != system or any(name.startswith("optimizer.") for name in tensors):
+            raise UserError(f"{path} is no model.safetensors of {system}.py; name one with --weights")
         save_tensors(options.out, {name: tensor.bfloat16() for name, tensor in tensors.items()}, header)
         print(f"{options.out}: {Path(options.out).stat().st_size / 1e6:.1f} MB")
 
@@ -1272,6 +1279,8 @@ VAE_FOLDERS = [
 def read_vae_weights(path):
     """The tensors of an autoencoder's file or folder, in float32 and under diffusers' names. Raises UserError."""
     files = {"": ""}
+    if not path.exists():
+        raise UserError(f"no weights at {path}; name an autoencoder's file or folder with --vae")
     if path.is_dir():
         files = next((f for f in VAE_FOLDERS if all((path / name).is_file() for name in f.values())), None)
         if files is None:
@@ -1437,10 +1446,15 @@ def load_pictures(data, size):
     return pictures, [str(path) for path in paths], skipped
 
 
+def checksum(pictures, words=()):
+    """What tells one set of pictures (N, C, H, W) uint8, in this order and with these words, from another."""
+    return zlib.crc32(json.dumps(list(words)).encode(), zlib.crc32(pictures.contiguous().numpy()))
+
+
 def read_metadata(paths, folder):
     """What is written about pictures: path -> (text, tags), "" and [] where nothing is. From each metadata.jsonl below
-    `folder` in the imagefolder convention (lines with "file_name" and "text", "tags" or both), else from the .txt
-    beside a picture. Raises UserError on a file that is not UTF-8 and on a line of another kind."""
+    `folder` in the imagefolder convention (lines with "file_name" and "text", "tags" or both); a text that they lack
+    from the .txt beside a picture. Raises UserError on a file that is not UTF-8 and on a line of another kind."""
 
     def read(path):
         try:
@@ -1458,7 +1472,8 @@ def read_metadata(paths, folder):
                 continue
             try:
                 row = json.loads(line)
-                name, text, tags = row["file_name"], row.get("text", ""), row.get("tags", [])
+                name, tags = row["file_name"], row.get("tags", [])
+                text = row.get("text", known.get(path.parent / name, ("", []))[0])
                 words = isinstance(tags, list) and all(isinstance(word, str) for word in (name, text, *tags))
                 if not (words and row.keys() & {"text", "tags"}):
                     raise ValueError
@@ -1530,7 +1545,7 @@ def epoch_order(seed, epoch, count):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Shards: what an encoder made of a folder of pictures, a thousand in a file
+# Shards: what an encoder made of a folder of pictures, some hundreds in a file
 
 
 @dataclasses.dataclass
@@ -1541,7 +1556,7 @@ class ShardConfig:
     out: str = option("", "folder for the shards")
     vae: str = option("", "autoencoder: a file or a folder")
     image_size: int = option(256, "side to which the pictures are brought", low=8)
-    shard: int = option(1000, "pictures in a shard", low=1)
+    shard: int = option(250, "pictures in a shard, and the most that a kill can cost", low=1)
     batch_size: int = option(16, "pictures encoded at a time", low=1)
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = option("auto", "of the matrix products", choices=("auto", "fp32", "bf16", "fp16"))
@@ -1557,6 +1572,12 @@ def write_shards(options, paths, about, rows, encode, extra):
     skipped). Raises UserError.
     """
     done, skipped = 0, []
+    try:  # before the first hour's work rather than after it
+        Path(options.out).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=options.out):
+            pass
+    except OSError as problem:
+        raise UserError(f"cannot write into {options.out}: {problem.strerror}; name another --out") from None
     bar = tqdm(total=len(paths), desc="encoding", unit=" pictures")
     for number, first in enumerate(range(0, len(paths), options.shard)):
         part = paths[first : first + options.shard]
@@ -1681,11 +1702,17 @@ def make_grid(pictures, columns=None):
     return sheet
 
 
+def picture_format(path, film=False):
+    """Pillow's name for what a path's suffix asks for. Raises UserError where it can write no such picture, or film."""
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind not in (Image.SAVE_ALL if film else Image.SAVE):
+        raise UserError(f"{path}: name a picture file that can be written, .png, or .gif for an animation")
+    return kind
+
+
 def save_picture(picture, path, **options):
     """Write a PIL picture; the format is the path's. Raises UserError where that cannot be."""
-    kind = Image.registered_extensions().get(Path(path).suffix.lower())
-    if kind not in (Image.SAVE_ALL if options.get("save_all") else Image.SAVE):
-        raise UserError(f"{path}: name a picture file that can be written, .png, or .gif for an animation")
+    kind = picture_format(path, options.get("save_all"))
     save_atomically(path, lambda part: picture.save(part, format=kind, **options))
 
 
@@ -1796,6 +1823,17 @@ MARKS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 LOG_EVERY = 10
 
 
+def tell_skipped(skipped, path=None):
+    """Name the files that could not be used: the first few here, all of them, if a path is given, there."""
+    # A name need not be UTF-8.
+    lines = [line.encode(errors="backslashreplace").decode() for line in skipped]
+    if lines:
+        where = f", listed in {path}" if path else ""
+        if path:
+            save_atomically(path, lambda part: part.write_text("\n".join(lines) + "\n"))
+        print(f"skipped {len(lines)} files{where}: {'; '.join(lines[:3])}{'; ...' if len(lines) > 3 else ''}")
+
+
 class Run:
     """A run folder and the clock that goes with it: log.csv, checkpoints, samples, index.html, Ctrl-C.
 
@@ -1846,11 +1884,7 @@ class Run:
     # -- what is said --
 
     def tell_skipped(self, skipped):
-        """Name the files that could not be read: the first few here, all of them in skipped.txt."""
-        if skipped:
-            save_atomically(self.folder / "skipped.txt", lambda part: part.write_text("\n".join(skipped) + "\n"))
-            first = "; ".join(skipped[:3]) + ("; ..." if len(skipped) > 3 else "")
-            print(f"skipped {len(skipped)} files, listed in {self.folder}/skipped.txt: {first}")
+        tell_skipped(skipped, self.folder / "skipped.txt")
 
     def banner(self, model, device, precision, data):
         """The line that opens a run."""
@@ -1870,11 +1904,14 @@ class Run:
         return 0
 
     def command(self):
-        """The line that goes on with this run."""
-        start = ["python"]
+        """The line that goes on with this run; where its budget is used up, with twice as much."""
+        start, more = ["python"], []
         if dist.is_initialized():
             start = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
-        return shlex.join([*start, *[word for word in sys.argv if word != "--resume"], "--resume"])
+        for budget in ("minutes", "epochs", "steps"):
+            if self.progress >= 1 and (value := getattr(self.config, budget, None)):
+                more += [f"--{budget}", str(2 * value)]
+        return shlex.join([*start, *[word for word in sys.argv if word != "--resume"], *more, "--resume"])
 
     # -- the clock --
 
@@ -2004,6 +2041,8 @@ class Run:
         names = {field.name for field in dataclasses.fields(self.config)} - MAY_CHANGE
         if asked := differences(self.config, header["config"], names):
             raise UserError(f"{self.folder} was made with {asked}; resume with the same options, or name another --out")
+        measured = {key: value for key, value in header.items() if isinstance(value, float) and key in self.header}
+        self.header |= measured  # for another machine measures a little otherwise
         other = [key for key, value in self.header.items() if header.get(key) != value]
         if other:
             raise UserError(f"{self.folder} began with another {other[0]}; resume with the same, or name another --out")

@@ -52,7 +52,7 @@ from common import (
 
 @dataclasses.dataclass
 class Config(common.TrainConfig):
-    """The demo's values; PRESETS holds what the paper preset changes."""
+    """What the presets have in common; PRESETS holds what each changes."""
 
     # Data (Parts 2, 3 and 5 of the post)
     image_size: int = option(80, "side of the training pictures in pixels", low=8)
@@ -71,7 +71,9 @@ class Config(common.TrainConfig):
     depth: int = option(6, "number of blocks", low=1)
     num_heads: int = option(4, "attention heads", low=1)
     bottleneck_dim: int = option(128, "waist of the patch embedding", low=1)
-    num_classes: int = option(1, "class labels; the post has one, which makes the model unconditional", low=1)
+    num_classes: int = option(
+        1, "class labels of loaded weights; training has one, as the post, so no condition", low=1
+    )
     in_context_len: int = option(0, "class tokens in the sequence", low=0)
     in_context_start: int = option(0, "block at which they join it", low=0)
     # Objective (Parts 1 and 5)
@@ -80,12 +82,12 @@ class Config(common.TrainConfig):
     time: str = option("logit-normal", "how training times are drawn", choices=("logit-normal", "uniform"))
     time_mean: float = option(-0.2, "of the normal whose sigmoid is t; below 0: mostly noise (JiT: -0.8)")
     time_std: float = option(1.0, "its spread", low=0.0)
-    noise_scale: float = option(1.0, "standard deviation of the noise; JiT takes 2 at 512 pixels", low=0.0)
+    noise_scale: float = option(1.0, "standard deviation of the noise; JiT takes 2 at 512 pixels", low=0.01)
     lab_noise: tuple[float, ...] = option(
         (1.0, 1.0, 1.0), "the same in L*, a* and b* each, times --noise-scale", low=0.01
     )
     eps_train: float = option(0.05, "least 1 - t that a training velocity is divided by", low=1e-6, high=1.0)
-    eps_sample: float = option(0.01, "least 1 - t that a sampling velocity is divided by", low=1e-6, high=1.0)
+    eps_sample: float = option(0.01, "the same of a sampling velocity, but in the last step", low=1e-6, high=1.0)
     # Optimizer (Part 5)
     optimizer: str = option(
         "adamw",
@@ -410,7 +412,8 @@ class JiT(nn.Module):
         rows = torch.arange(top_idx, top_idx + height // p, device=x_t.device)
         columns = torch.arange(left_idx, left_idx + width // p, device=x_t.device)
         # The slice of the absolute embedding is what tells a crop where it lies. RoPE starts at the same place, but
-        # only differences of positions reach its scores: shifting them all changes nothing (the post hopes it does).
+        # only differences of positions reach its scores: shifting them all changes nothing (the post hopes it does),
+        # unless there are class tokens, which are not turned.
         place = self.pos_embed.unflatten(1, (self.grid, self.grid))[:, rows][:, :, columns].flatten(1, 2)
         rope = rope_2d(rows, columns, self.head_dim)
 
@@ -436,6 +439,9 @@ def build_model(config):
     """A fresh JiT of the config's sizes. Raises UserError where they do not go together."""
     if config.image_size % config.patch_size:
         raise UserError(f"--patch-size {config.patch_size} does not divide --image-size {config.image_size}")
+    if len(config.lab_noise) != 3:
+        given = " ".join(map(str, config.lab_noise))
+        raise UserError(f"--lab-noise {given}: give three numbers, for L*, a* and b*")
     if config.in_context_len and config.in_context_start >= config.depth:
         raise UserError(f"--in-context-start {config.in_context_start} must be below --depth {config.depth}")
     if config.hidden_size % (4 * config.num_heads):
@@ -505,6 +511,8 @@ def hidden_parts(model):
 
 def train(config):
     """Train from nothing, or go on with --resume; what is left behind is a run folder. Raises UserError."""
+    if config.num_classes > 1:
+        raise UserError(f"--num-classes {config.num_classes}: no data here has labels; leave it out")
     device, precision = common.set_up(config)
     config = common.settle_optimizer(config, device)
     torch.manual_seed(config.seed)
@@ -512,7 +520,7 @@ def train(config):
     run = Run(config, "jit_lab")
     data, skipped = load_dataset(config)
     run.tell_skipped(skipped)
-    run.header = {"data": [len(data.rgb), int(data.rgb.sum())]}
+    run.header = {"data": [len(data.rgb), common.checksum(data.rgb)]}
     ema = copy.deepcopy(model).eval()
     trained = common.parallelize(config, model, ema, device, lambda net: net.blocks)
     optimizer, scaler = common.make_optimizer(config, model, device, hidden_parts(model))
@@ -574,9 +582,9 @@ class DrawConfig:
 class SampleConfig(DrawConfig):
     """Options of the verb sample."""
 
-    out: str = option("samples/jit_lab.png", "picture of all samples in a grid")
+    out: str = option("samples/jit_lab.png", "picture of all samples in a grid", picture="still")
     each: str = option("", "folder for single pictures")
-    gif: str = option("", "animation of the first pictures, from noise to data in at most 10 frames")
+    gif: str = option("", "animation of the first pictures, from noise to data in at most 10 frames", picture="film")
 
 
 @torch.no_grad()
@@ -589,13 +597,13 @@ def sample(model, config, options, watch=None):
     device = next(model.parameters()).device
     precision = common.pick_precision(options.precision, device)
     times = [i / options.steps for i in range(options.steps + 1)]
-    # The last step then lands exactly on x_hat, which is what the post returns, for any number of steps.
-    eps = min(config.eps_sample, 1 / options.steps)
 
     def model_velocity(x_t, t, y):
         with autocast(device, precision):
             output = model(x_t, t, y)
         x_hat = predicted_data(config, output, x_t, t)
+        # The last step lands exactly on x_hat, which is what the post returns, for any number of steps.
+        eps = config.eps_sample if t < times[-2] else 1 / options.steps
         return velocity(x_hat.clamp(-1, 1) if options.clamp else x_hat, x_t, t, eps)
 
     def guided_velocity(x_t, t):
@@ -624,6 +632,7 @@ def config_of_weights(weights):
     context = weights["in_context_posemb"].shape[1] if "in_context_posemb" in weights else 0
     size = patch * math.isqrt(weights["pos_embed"].shape[1])
     return Config(
+        data="",  # which nobody knows
         image_size=size,
         # The post's model has one class and speaks L*a*b*; JiT's own were trained on ImageNet's thousand in RGB.
         space="lab" if labels == 2 else "rgb",
@@ -664,6 +673,8 @@ def model_for(options):
     model, config = load_model(common.find_weights(options.weights, "jit_lab"), common.pick_device(options.device))
     if options.label >= config.num_classes:
         raise UserError(f"--label {options.label}: this checkpoint knows the labels 0 to {config.num_classes - 1}")
+    if options.cfg != 1 and config.num_classes == 1:
+        raise UserError(f"--cfg {options.cfg}: this checkpoint has one class, from which nothing differs; leave it out")
     return model, config
 
 
@@ -768,7 +779,9 @@ class NoveltyConfig(DrawConfig):
     data: str = option("", "training pictures, a folder or drawn (default: what the checkpoint was trained on)")
     alexnet: str = option("", "torchvision's AlexNet weights, for LPIPS")
     lpips: str = option("", "LPIPS' linear heads for AlexNet")
-    out: str = option("samples/jit_lab_novelty.png", "sheet of pairs; a .csv of the distances lies beside it")
+    out: str = option(
+        "samples/jit_lab_novelty.png", "sheet of pairs; a .csv of the distances lies beside it", picture="still"
+    )
 
 
 # The post's reading of an LPIPS distance.
@@ -785,6 +798,8 @@ def novelty_command(options):
         name, metric = "multi-scale pixel distance", MultiscalePixels()
         print(f"no weights for LPIPS (--alexnet, --lpips): measuring {name}, to which the post's scale does not apply")
     model, config = model_for(options)
+    if not (options.data or config.data):
+        raise UserError("this checkpoint does not say what it was trained on; name its pictures with --data")
     if not options.data and config.data != "drawn" and not Path(config.data).is_dir():
         raise UserError(
             f"this checkpoint was trained on {config.data}, which is not here; name its pictures with --data"
@@ -792,8 +807,7 @@ def novelty_command(options):
     if options.alexnet and config.image_size < 31:
         raise UserError(f"LPIPS needs pictures of 31 pixels or more, these have {config.image_size}")
     pictures, names, skipped = common.load_pictures(options.data or config.data, config.image_size)
-    if skipped:
-        print(f"skipped {len(skipped)} unreadable files: {'; '.join(skipped[:3])}{'; ...' if len(skipped) > 3 else ''}")
+    common.tell_skipped(skipped)
     rgb = sample(model, config, options).cpu()
     distances, index = nearest(metric, rgb, pictures)
     # How near are training pictures to each other? A sample that copies lies far below this.

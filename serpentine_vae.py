@@ -59,7 +59,7 @@ MARGIN = 8  # pixels around the tile to which a local decoder may smear
 
 @dataclasses.dataclass
 class VAEConfig(common.TrainConfig):
-    """The demo's values for the VAE, the first of two stages; VAE_PRESETS holds what the paper preset changes."""
+    """What the presets of the VAE, the first of two stages, have in common; VAE_PRESETS holds what each changes."""
 
     # Data
     image_size: int = option(80, "side of the pictures in pixels, a multiple of 8", low=16)
@@ -783,9 +783,9 @@ class SampleConfig(DrawConfig):
     """Options of the verb sample."""
 
     size: tuple[int, ...] = option((), "height and width in pixels, multiples of 8 [those of the training set]", low=8)
-    out: str = option("samples/serpentine_vae.png", "picture of all samples in a grid")
+    out: str = option("samples/serpentine_vae.png", "picture of all samples in a grid", picture="still")
     each: str = option("", "folder for single pictures")
-    gif: str = option("", "animation of the first pictures, from noise to data in at most 10 frames")
+    gif: str = option("", "animation of the first pictures, from noise to data in at most 10 frames", picture="film")
 
 
 @torch.no_grad()
@@ -858,7 +858,11 @@ class InpaintConfig(DrawConfig):
     composite: bool = option(False, "put the original's kept pixels over the result, which the VAE only comes close to")
     num: int = option(2, "pictures to make", low=1)
     steps: int = option(50, "strides from noise to picture, up to N - 1", low=1)
-    out: str = option("samples/inpainted.png", "PNG of the results; beside it come .gif, the way there, and -sheet.png")
+    out: str = option(
+        "samples/inpainted.png",
+        "PNG of the results; beside it come .gif, the way there, and -sheet.png",
+        picture="still",
+    )
 
 
 def keep_cells(keep):
@@ -1001,7 +1005,7 @@ class ReconstructConfig(LoadConfig):
     image: str = option("", "one picture of any size, instead of --data")
     data: str = option("", "drawn, or a folder of pictures [what training held out]")
     num: int = option(16, "pictures of --data that are shown; all of them are measured", low=1)
-    out: str = option("samples/reconstructed.png", "originals, each with what the VAE makes of it")
+    out: str = option("samples/reconstructed.png", "originals, each with what the VAE makes of it", picture="still")
 
 
 def held_out_pictures(data, header):
@@ -1011,8 +1015,7 @@ def held_out_pictures(data, header):
     if data != "drawn" and not Path(data).is_dir():
         raise UserError(f"no folder {data}; name one of pictures with --data, or drawn")
     pictures, names, skipped = named_pictures(data, header["config"]["image_size"])
-    if skipped:
-        print(f"skipped {len(skipped)} files: {'; '.join(skipped[:3])}", file=sys.stderr)
+    common.tell_skipped(skipped)
     unseen = set(header["held_out"])
     places = [i for i, name in enumerate(names) if name in unseen]
     return (pictures[places], "held-out pictures") if places else (pictures, "pictures, all that are there")
@@ -1052,7 +1055,7 @@ class LeakageConfig(LoadConfig):
     published: str = option("", "published VAE to compare with: SD's or FLUX.2's, a file or a folder")
     data: str = option("", "folder of pictures [faces that are drawn here and now]")
     num: int = option(64, "pictures whose latents are disturbed", low=1)
-    out: str = option("samples/leakage.png", "picture: what one cell changes, and how that falls off")
+    out: str = option("samples/leakage.png", "picture: what one cell changes, and how that falls off", picture="still")
 
 
 @torch.no_grad()
@@ -1222,7 +1225,7 @@ class ScheduleConfig(LoadConfig):
     """Options of the verb schedule."""
 
     image: str = option("", "picture to drown in noise [a face that is drawn here and now]")
-    out: str = option("samples/schedule.png", "where the picture goes")
+    out: str = option("samples/schedule.png", "where the picture goes", picture="still")
 
 
 def schedule_command(options):

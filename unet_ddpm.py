@@ -64,7 +64,7 @@ from common import (
 
 @dataclasses.dataclass
 class Config(common.TrainConfig):
-    """The demo's values; PRESETS holds what the paper preset changes."""
+    """What the presets have in common; PRESETS holds what each changes."""
 
     # Data
     image_size: int = option(40, "side of the pictures in pixels", low=8)
@@ -140,8 +140,10 @@ def encode_folder(options):
     vae = common.load_vae(options.vae).to(device)
     paths = common.picture_paths(options.data)
     about = {"vae": common.fingerprint(vae), "image_size": options.image_size}
-    # The default name tells folders apart that are called the same, and what was made of one with different VAEs.
-    place = zlib.crc32(json.dumps([str(Path(options.data).resolve()), about]).encode())
+    # The default name tells folders apart that are called the same, and what was made of one with different VAEs or
+    # from other pictures.
+    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    place = zlib.crc32(json.dumps([str(Path(options.data).resolve()), about, files]).encode())
     out = options.out or f"data/latents-{Path(options.data).name}-{options.image_size}-{place:08x}"
 
     def encode(pictures, rows):
@@ -150,8 +152,7 @@ def encode_folder(options):
 
     rows = {path: {"tags": tags} for path, (_, tags) in common.read_metadata(paths, options.data).items()}
     done, skipped = common.write_shards(dataclasses.replace(options, out=out), paths, about, rows, encode, {})
-    if skipped:
-        print(f"skipped {len(skipped)}: {'; '.join(skipped[:3])}{'; ...' if len(skipped) > 3 else ''}")
+    common.tell_skipped(skipped)
     if not done:
         raise UserError(f"no readable picture in {options.data}; it should hold files such as .png or .jpg")
     print(f"{done:,} latents in {out}")
@@ -204,6 +205,9 @@ def load_data(config):
             raise UserError("--vae wants pictures large enough for its latents; name a folder with --data")
         if common.world() > 1:
             raise UserError("encode the folder first, in one process: python unet_ddpm.py encode --data ... --vae ...")
+        vae = common.load_vae(config.vae)
+        with torch.device("meta"):  # sizes that do not go together should be told before hours of encoding
+            build_model(config, vae.latent_channels, config.image_size // vae.stride)
         same = {name: getattr(config, name) for name in ("data", "vae", "image_size", "device", "precision")}
         shards = encode_folder(EncodeConfig(**same))
     if shards:
@@ -514,7 +518,7 @@ class UNetModel(nn.Module):
         for stage in self.output_blocks:
             x = run(stage, torch.cat((x, skips.pop()), dim=1))
         with torch.autocast(x.device.type, enabled=False):  # a rounded answer would be too coarse where all is noise
-            return self.out(x.float())
+            return self.out(x.to(self.out[2].weight.dtype))
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -567,9 +571,9 @@ def build_model(config, channels, size):
     sides = [size // 2**level for level in range(len(config.channel_mult))]
     if size % 2 ** (len(sides) - 1):
         raise UserError(f"maps of side {size} cannot be halved {len(sides) - 1} times; change --image-size")
-    if not set(sides) & set(config.attention_resolutions):
+    if strangers := set(config.attention_resolutions) - set(sides):
         found = ", ".join(map(str, sides))
-        raise UserError(f"--attention-resolutions: the maps' sides are {found}; name one of them")
+        raise UserError(f"--attention-resolutions {min(strangers)}: the maps' sides are {found}; name one of them")
     if config.model_channels % 32 or config.model_channels % config.num_head_channels:
         raise UserError(f"--model-channels {config.model_channels} must be a multiple of 32 and of --num-head-channels")
     sizes = {name: getattr(config, name) for name in (*MODEL_FIELDS, "dropout")}
@@ -579,7 +583,7 @@ def build_model(config, channels, size):
 
 
 def stages(model):
-    """The parts that forward() runs one after the other, but for the first and last layer."""
+    """The parts that forward() runs one after the other, but for the embedding of the time and the last layer."""
     return *model.input_blocks, model.middle_block, *model.output_blocks
 
 
@@ -623,7 +627,7 @@ def train(config):
     data, skipped = load_data(config)
     weights, base = start_of(config, data) if config.stage == "finetune" else (None, None)
     chosen, left_out = choose(config, data, base)
-    some = data.batch(chosen[:256])
+    some = data.batch(chosen[:: max(1, len(chosen) // 256)])
     channels, size = some.shape[1:3]
     run.header = data.header | {"latent": [channels, size], "range": some.abs().max().item(), "left_out": left_out}
     vae = partner(config.vae, run.header, device)
@@ -706,9 +710,9 @@ class DrawConfig:
 class SampleConfig(DrawConfig):
     """Options of the verb sample."""
 
-    out: str = option("samples/unet_ddpm.png", "picture of all samples in a grid")
+    out: str = option("samples/unet_ddpm.png", "picture of all samples in a grid", picture="still")
     each: str = option("", "folder for single pictures")
-    gif: str = option("", "animation of the first pictures, from noise to data in at most 10 frames")
+    gif: str = option("", "animation of the first pictures, from noise to data in at most 10 frames", picture="film")
 
 
 def timesteps(steps):
@@ -744,7 +748,7 @@ def ddpm_sample(predict, x, options, fresh, limit=None, watch=None):
     return x
 
 
-def check_solver(config, options):
+def check_solver(config, options, header):
     """options with the solver filled in. Raises UserError where it, --eta or --clamp do nothing for these weights."""
     own = tuple(common.SOLVERS) if config.objective == "flow" else ("ddim", "ancestral")
     solver = options.solver or own[0]
@@ -755,6 +759,8 @@ def check_solver(config, options):
         raise UserError(f"--eta goes with --solver ddim, not {solver}; leave it out")
     if options.clamp and config.objective == "flow":
         raise UserError("--clamp is for DDPM; leave it out")
+    if options.clamp and "range" not in header:
+        raise UserError("--clamp: these weights do not say how far their data reach; leave it out")
     return dataclasses.replace(options, solver=solver)
 
 
@@ -763,7 +769,7 @@ def sample(model, config, options, header, watch=None):
     """Draw options.num maps (num, C, S, S) from noise; header tells "latent", (C, S), and the "range" of the data. Map
     i depends on the seed options.seed + i only. watch(x, part) sees the states of the first batch and how far each has
     come, 0 to 1. Raises UserError for options of the other objective."""
-    device, options = next(model.parameters()).device, check_solver(config, options)
+    device, options = next(model.parameters()).device, check_solver(config, options, header)
     precision = common.pick_precision(options.precision, device)
     channels, size = header["latent"]
     shape, limit = (channels, size, size), None if options.clamp is False else header.get("range")
@@ -1012,6 +1018,8 @@ class Trained:
         self.folder, self.options = Path(folder), options
         self.drawing = DrawConfig(device=options.device, precision=options.precision)
         self.model, config, self.header = load_model(self.folder / "model.safetensors", self.drawing)
+        if not {"data", "left_out"} <= self.header.keys():
+            raise UserError(f"{folder} is no run folder of train: its weights do not say what they learned from")
         self.config = dataclasses.replace(config, vae=options.vae or config.vae)
         self.device = next(self.model.parameters()).device
         self.vae = partner(self.config.vae, self.header, self.device)
@@ -1058,6 +1066,10 @@ def given_runs(config):
     be wrong, before anything is trained."""
     if config.inception:
         load_inception(config.inception)
+    if config.objective != "flow":
+        raise UserError("compare is of both objectives; leave --objective out")
+    if config.stage == "finetune":
+        raise UserError("compare takes runs of stage finetune by --finetuned; train them first, one of each objective")
     runs = {name: Trained(getattr(config, name), config) for name in LOSSES if getattr(config, name)}
     for name, run in runs.items():
         if run.config.objective != name:
@@ -1080,6 +1092,7 @@ def compare_command(config):
     same pictures with the same noise. Where one run is given, the other is trained with its settings, --predict apart.
     """
     runs, adapting = given_runs(config)
+    near = adapting[0].distance() if adapting else None
     out, settings = Path(config.out), Config(**{f.name: getattr(config, f.name) for f in dataclasses.fields(Config)})
     budget = dict(minutes=config.minutes and config.minutes / 2, steps=config.steps)
     for name in [name for name in LOSSES if name not in runs]:
@@ -1087,7 +1100,7 @@ def compare_command(config):
             settings, budget = Config(**given.header["config"]), dict(minutes=None, steps=given.header["step"])
         folder = out / name
         begun = (folder / "state.safetensors").exists()
-        own = dict(objective=name, out=str(folder), resume=begun, device=config.device)
+        own = dict(objective=name, out=str(folder), resume=begun, device=config.device, vae=config.vae or settings.vae)
         own["predict"] = config.predict if name == "ddpm" else "eps"
         code = train(dataclasses.replace(settings, **budget | own))
         if code:
@@ -1117,7 +1130,6 @@ def compare_command(config):
     losses = {name: run.losses() for name, run in runs.items()}
     charts.append(Chart("Loss, of two different targets, by training steps", losses))
     if adapting:
-        near = adapting[0].distance()
         curves = {run.config.objective: run.by_training(near) for run in adapting}
         title = f"Distance from {near.num} of the left-out pictures, by finetuning steps"
         charts.append(Chart(title, curves, near.floor, dict(zip(LOSSES, common.COLOURS))))

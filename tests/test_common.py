@@ -117,6 +117,9 @@ def test_learning_rate_rises_then_falls():
     assert factor(0.9, decay="none") == 1 and factor(0.0, 0.0) == 1
     # From 1 on, the warm-up counts steps.
     assert [factor(0.0, 4, "none", step) for step in range(5)] == [0.25, 0.5, 0.75, 1, 1]
+    # Where the rise ends is not known beforehand then, so the fall has been running from the start, and takes over.
+    whole = [factor(step / 20, 10, "linear", step) for step in range(21)]
+    assert whole == pytest.approx([min((step + 1) / 10, 1 - step / 20) for step in range(21)])
 
 
 def test_muon_makes_all_directions_of_a_step_equally_long():

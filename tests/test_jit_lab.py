@@ -394,6 +394,17 @@ def test_clamp_keeps_x_hat_in_range(tiny_config):
     assert (seen[-1] == 1).all()
 
 
+def test_eps_holds_every_step_back_but_the_last(tiny_config):
+    """Where 1 - t counts as 1, a quarter of the way is a quarter of what is left."""
+    config = tiny_config(space="rgb", eps_sample=1.0)
+    model = exact_model(config, lambda x_t, t, y: torch.ones_like(x_t))
+    seen = []
+    sample(model, config, [0], lambda x, t: seen.append(x), steps=4)
+    for k in range(4):
+        assert torch.allclose(1 - seen[k], 0.75**k * (1 - seen[0]), atol=1e-6)
+    assert torch.allclose(seen[4], torch.ones_like(seen[4]), atol=1e-6)
+
+
 # ---- published weights ----
 
 

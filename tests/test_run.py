@@ -275,19 +275,28 @@ def test_full_disk_spares_the_last_checkpoint(folder, command, tmp_path):
         (["train", "--data", "."], "no pictures in ."),
         (["train", "--patch-size", "7"], "--patch-size 7 does not divide --image-size 80"),
         (["train", "--lr", "-1"], "--lr -1.0: must be at least 0"),
-        (["train", "--lr", "nan"], "--lr nan: must be at least 0"),
+        (["train", "--lr", "nan"], "--lr nan: must be a number"),
+        (["train", "--time-mean", "nan"], "--time-mean nan: must be a number"),
+        (["train", "--lab-noise", "0.5"], "--lab-noise 0.5: give three numbers, for L*, a* and b*"),
+        (["train", "--num-classes", "3"], "--num-classes 3: no data here has labels"),
         (["train", "--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
         (["train", "--space", "cmyk"], "--space cmyk: choose one of lab, rgb"),
         (["train", "--nonsense"], "unrecognized arguments: --nonsense"),
         (["train", "--out", "/proc/run"], "cannot make /proc/run"),
         (["sample", "--weights", "nowhere.safetensors"], "no weights at nowhere.safetensors"),
         (["sample", "--steps", "0"], "--steps 0: must be at least 1"),
+        (["sample", "--cfg", "3"], "--cfg 3.0: this checkpoint has one class, from which nothing differs"),
+        (["sample", "--out", "grid"], "grid: name a picture file that can be written"),
+        (["sample", "--gif", "way.mp4"], "way.mp4: name a picture file that can be written"),
+        (["export", "--weights", "w.pth", "--out", "x.safetensors"], "w.pth is no model.safetensors of jit_lab.py"),
+        (["novelty", "--weights", "w.pth"], "does not say what it was trained on; name its pictures with --data"),
         (["novelty", "--alexnet", "a.pth"], "LPIPS needs two files"),
         (["dream"], "invalid choice: 'dream'"),
     ],
 )
 def test_mistake_is_one_line_and_code_two(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    torch.save(jit_lab.build_model(jit_lab.Config(**TINY)).state_dict(), "w.pth")
     assert common.run_command_line(jit_lab.__doc__, jit_lab.VERBS, words) == 2
     errors = capsys.readouterr().err
     assert errors.startswith("error: ") and errors.count("\n") == 1 and message in errors

@@ -691,6 +691,9 @@ def test_captions_come_from_metadata_and_side_cars(captioned):
     for picture, caption in zip(x, captions):
         channel = ["red", "green", "blue"].index(next(w for w in caption.split() if w in ("red", "green", "blue")))
         assert picture.mean(dim=(1, 2)).argmax() == channel
+    path = captioned / "20.png"  # a line with tags alone leaves the text to the side-car
+    (captioned / "metadata.jsonl").write_text(json.dumps({"file_name": path.name, "tags": ["plain"]}))
+    assert common.read_metadata([path], captioned)[path] == ("blue tile", ["plain"])
     (captioned / "metadata.jsonl").write_text("not json\n")
     with pytest.raises(UserError, match="line 1"):
         common.read_metadata([], captioned)
@@ -817,9 +820,13 @@ def test_run_begins_with_other_weights_and_teaches_them_new_words(train, caption
     assert len(table) == len(old["words.weight"]) + 1 and table[-1].abs().max() > 0
     assert (table[:-1] - old.pop("words.weight")).abs().max() < 1e-20
     assert old.keys() == new.keys() and all((old[key] - new[key]).abs().max() < 1e-20 for key in old)
-    first.unlink()  # a run that goes on has all it needs
+    first.unlink()  # a run that goes on has all it needs, and need not be told again
     train(tmp_path / "second", steps=2, lr=1e-30, start="gone", resume=True)
+    train(tmp_path / "second", steps=3, lr=1e-30, resume=True)
     assert common.load_tensors(second)[1]["text"] == after["text"]
+    train(tmp_path / "third", steps=1)
+    with pytest.raises(UserError, match="did not begin with other weights"):
+        train(tmp_path / "third", steps=2, start=str(second), resume=True)
 
 
 def test_weights_that_do_not_belong_to_a_run_are_refused(train, tmp_path):
@@ -846,6 +853,24 @@ def test_other_pictures_under_the_same_name_are_not_resumed_with(train, captione
     (captioned / "90.txt").write_text("pink square")
     with pytest.raises(UserError, match="began with another data"):
         train(tmp_path / "run", steps=4, resume=True)
+    (captioned / "90.png").unlink()
+    train(tmp_path / "run", steps=3, resume=True)
+    (captioned / "21.txt").write_text("blue tile\n")  # it was red: the same words, and the same pictures
+    with pytest.raises(UserError, match="began with another data"):
+        train(tmp_path / "run", steps=4, resume=True)
+
+
+def test_words_are_those_that_training_shows(train, captioned, tmp_path):
+    (captioned / "metadata.jsonl").unlink()
+    held_out = 1
+    for _ in range(2):  # once to see which picture is held out
+        for i in range(30):
+            (captioned / f"{i:02d}.txt").write_text("a violet tile" if i == held_out else "a red tile")
+        _, data, kept, _ = dit_t2i.load_data(Config(data=str(captioned), image_size=8))
+        held_out = kept.index[0]
+    assert kept.caption(0) == "a violet tile" and set(data.all_captions()) == {"a red tile"}
+    train(tmp_path / "run", steps=1)
+    assert common.load_tensors(tmp_path / "run" / "model.safetensors")[1]["text"]["words"] == ["red", "tile"]
 
 
 def test_best_checkpoint_is_that_of_the_least_held_out_loss(train, tmp_path, monkeypatch):
@@ -933,6 +958,12 @@ def test_sample_draws_a_row_for_each_prompt(weights, tmp_path, monkeypatch, caps
         (["train", "--data", "captioned", "--vae", "x"], "--vae goes with shards"),
         (["train", "--vae", "x"], "--vae goes with shards"),
         (["sample", "the"], "no word of 'the' is known"),
+        (["sample", "red", "--negative", "blue", "--cfg", "1"], "--cfg 1 is no guidance"),
+        (["sample", "red", "--tile", "32"], "--tile 32 should be an even number of a VAE's cells"),
+        (["sample", "red", "--vae", "x"], "--vae: these weights were trained without one"),
+        (["sample", "red", "--clip", "x"], "--clip: these weights were trained without one"),
+        (["sample", "red", "--out", "drawn"], "drawn: name a picture file that can be written"),
+        (["train", "--data", "captioned", "--clip", "x"], "--clip goes with --encoder clip, or with shards"),
         (["train", "--data", "captioned", "--encoder", "clip"], "name CLIP's files with --clip"),
         (["train", "--data", "cut"], "no readable shard"),
         (["prepare", "--data", "captioned"], "prepare needs"),
@@ -1043,6 +1074,12 @@ def test_prepare_goes_on_after_a_kill_with_nothing_done_twice(prepare, monkeypat
     assert len(dit_t2i.ShardSet("shards")) == 29
     assert prepare() == 0 and sum(encoded) == 29 - 16  # a finished folder is left as it is
     assert prepare("--image-size", "24") == 2
+
+
+def test_prepare_looks_for_its_folder_before_it_encodes(prepare, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common.AutoencoderKL, "encode", lambda self, x: pytest.fail("encoded"))
+    (tmp_path / "shards").write_text("a file")
+    assert prepare() == 2 and "cannot write into shards" in capsys.readouterr().err
 
 
 def test_training_and_sampling_from_shards(prepare, partners, tmp_path, capsys):

@@ -146,7 +146,18 @@ def test_page_is_self_contained(train, tmp_path):
 
     Reader().feed(page)
     assert used.count("svg") == 2 and used.count("img") == 6 and "script" not in used and "link" not in used
-    assert "--resume" in page and "hidden_size" in page
+    assert "--steps 20 --resume" in page and "hidden_size" in page  # its ten steps are used up
+
+
+def test_page_of_an_interrupted_run_goes_on_with_the_same_budget(train, tmp_path, monkeypatch):
+    def due(self, honest=common.Run.due):
+        self.asked_to_stop = self.step == 3
+        return honest(self)
+
+    monkeypatch.setattr(common.Run, "due", due)
+    assert train(tmp_path / "run", steps=10) == 130
+    page = (tmp_path / "run" / "index.html").read_text()
+    assert " --resume</code>" in page and "--steps 20" not in page
 
 
 def test_samples_while_training_come_from_fixed_noise_and_the_ema(train, tmp_path):

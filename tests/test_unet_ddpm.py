@@ -313,6 +313,8 @@ def test_timesteps_start_at_pure_noise():
 def test_solver_of_the_other_objective_is_refused():
     with pytest.raises(UserError, match="learned flow; use euler or heun"):
         unet_ddpm.sample(Exact(CONFIGS[0]), CONFIGS[0], DrawConfig(solver="ddim"), MAPS)
+    with pytest.raises(UserError, match="do not say how far their data reach"):
+        unet_ddpm.sample(Exact(CONFIGS[1]), CONFIGS[1], DrawConfig(clamp=True), MAPS)
 
 
 # ---- distances ----
@@ -541,6 +543,15 @@ def test_both_objectives_learn_from_the_same_data_and_noise(train, tmp_path, mon
         assert all(torch.equal(a, b) for a, b in zip(one, other))
 
 
+def test_what_was_measured_is_not_measured_again(train, tmp_path):
+    """Another machine's VAE encodes a little otherwise, and a run that goes on there keeps its range."""
+    train(tmp_path / "run", steps=1)
+    tensors, header = common.load_tensors(tmp_path / "run" / "state.safetensors")
+    common.save_tensors(tmp_path / "run" / "state.safetensors", tensors, header | {"range": 0.75})
+    train(tmp_path / "run", steps=2, resume=True)
+    assert header["range"] == 1.0 and header_of(tmp_path / "run")["range"] == 0.75
+
+
 @pytest.mark.parametrize("objective", ["flow", "ddpm"])
 def test_resumed_run_ends_with_the_same_bits(train, tmp_path, monkeypatch, objective):
     same = dict(steps=6, objective=objective, dropout=0.1, grad_accum=2)
@@ -592,6 +603,9 @@ def test_latents_are_encoded_once_and_trained_on(train, tagged, tmp_path, monkey
     assert sum(encoded) == 24
     header = header_of(tmp_path / "one")
     assert header["latent"] == [4, 4] and len(header["left_out"]) == 6 and set(seen).isdisjoint(header["left_out"])
+    with pytest.raises(UserError, match="maps of side 3 cannot be halved 1 times"):  # and not after hours of encoding
+        train(tmp_path / "odd", steps=1, vae="vae.safetensors", image_size=24)
+    assert sum(encoded) == 24
     (shards,) = (tmp_path / "data").glob("latents-tagged-32-*")
     # The shards' folder is as good as the pictures', if the VAE is the one that made them.
     assert train(tmp_path / "three", steps=1, **(excluding | dict(data=str(shards)))) == 0
@@ -694,6 +708,8 @@ def test_compare_writes_its_page_and_takes_runs_that_are_there(train, tagged, tm
     code, errors = compare("--flow", given[1], "--ddpm", "apart", "--out", "fourth")
     assert code == 2 and "different left-out pictures" in errors
     train("short", steps=1, objective="ddpm")
+    assert "leave --objective out" in compare("--objective", "ddpm", "--out", "fourth")[1]
+    assert "by --finetuned" in compare("--stage", "finetune", "--from", "apart", "--out", "fourth")[1]
     assert "differ in --steps: 4, 1" in compare("--flow", given[1], "--ddpm", "short", "--out", "fourth")[1]
     assert compare("--finetuned", str(folder / "flow"), "--out", "fifth")[0] == 2 and not (tmp_path / "fifth").exists()
 

@@ -806,7 +806,7 @@ def optimizer_step(config, run, model, ema, optimizer, scaler, costs, times):
     costs (B,): what each picture of this process cost; times (B,) in [0, 1]. Raises UserError on a loss or a gradient
     that is not finite, with weights and checkpoint as they were.
     """
-    lr = config.lr * lr_factor(run.progress, run.step, config.warmup, config.decay)
+    lr = config.lr * lr_factor(run.schedule, run.step, config.warmup, config.decay)
     for group in optimizer.param_groups:
         group["lr"] = group["lr"].fill_(lr) if torch.is_tensor(group["lr"]) else lr  # torchao keeps it in a tensor
     scaler.unscale_(optimizer)
@@ -1845,6 +1845,7 @@ class Run:
         self.config, self.system = config, system
         self.folder = Path(config.out or f"runs/{system}")
         self.step, self.images, self.seconds_before, self.best = 0, 0, 0.0, math.inf
+        self.first = 0.0  # by the clock, progress at the end of the first step
         self.done, self.interrupted, self.asked_to_stop = False, False, False
         self.header = {}  # what the checkpoints' headers say beside system, step and config
         self.window = []  # (costs, times, loss, gradient norm, lr) of each step since the last line of the log
@@ -1955,6 +1956,12 @@ class Run:
         by_time = self.now / (60 * self.config.minutes) if self.config.minutes else 0.0
         return min(1.0, max(by_steps, by_time))
 
+    @property
+    def schedule(self):
+        """What the learning rate follows: progress, by the clock from the end of the first step on, in which a compiler
+        may be at work for longer than a whole warm-up."""
+        return (self.progress - self.first) / (1 - self.first)
+
     def due(self):
         """(pictures, checkpoint): is it time for samples, and is it time to save?
 
@@ -1964,6 +1971,8 @@ class Run:
         self.now, stop = all_reduce_max(self.seconds, self.asked_to_stop)
         self.interrupted = bool(stop)
         progress = self.progress
+        if self.step == 1 and not self.config.steps:
+            self.first = progress
         self.done = progress >= 1 or self.interrupted
         marks = sum(progress >= mark for mark in MARKS)
         pictures, self.marks_passed = marks > self.marks_passed, marks
@@ -2027,7 +2036,7 @@ class Run:
         if held_out_loss is not None and held_out_loss < self.best:
             self.best = held_out_loss
             save_tensors(self.folder / "best.safetensors", ema.state_dict(), settings | {"held_out_loss": self.best})
-        clock = {"images": self.images, "seconds": self.seconds, "best": self.best}
+        clock = {"images": self.images, "seconds": self.seconds, "best": self.best, "first": self.first}
         save_tensors(self.state_path, pack_state(model, ema, optimizer, scaler), settings | clock | (also or {}))
         if rank() == 0:
             self.write_page()
@@ -2048,7 +2057,7 @@ class Run:
             raise UserError(f"{self.folder} began with another {other[0]}; resume with the same, or name another --out")
         unpack_state(tensors, self.state_path, model, ema, optimizer, scaler)
         self.step, self.images, self.seconds_before = header["step"], header["images"], header["seconds"]
-        self.best = header["best"]
+        self.best, self.first = header["best"], header.get("first", 0.0)
         log = self.folder / "log.csv"
         if rank():
             return header

@@ -84,7 +84,7 @@ def whole_step(config, precision, device, model, loss, hidden=()):
         with common.autocast(device, precision):
             costs, times = loss()
         scaler.scale(costs.mean()).backward()
-        run = types.SimpleNamespace(progress=0.5, step=number, record=lambda *columns: None)
+        run = types.SimpleNamespace(schedule=0.5, step=number, record=lambda *columns: None)
         common.optimizer_step(config, run, model, ema, optimizer, scaler, costs.detach(), times)
         return costs.mean().item()
 

@@ -133,6 +133,18 @@ def test_run_folder_holds_what_the_readme_says(train, tmp_path):
     assert config.steps == 20 and list(config.crop_sizes) == [0.5, 0.8, 1.0]
 
 
+def test_compiler_does_not_use_up_the_warm_up(tiny_config, tmp_path, monkeypatch):
+    seconds = [0.0]
+    monkeypatch.setattr(common.time, "perf_counter", lambda: seconds[0])
+    run = common.Run(tiny_config(minutes=1.0, out=str(tmp_path / "run")), "jit_lab")
+    with run.clock():
+        told = []
+        for run.step, seconds[0] in ((1, 30.0), (2, 33.0), (3, 45.0), (4, 60.0)):  # half of the budget for the first
+            run.due()
+            told.append((run.progress, run.schedule))
+    assert told == [(0.5, 0.0), (0.55, pytest.approx(0.1)), (0.75, 0.5), (1.0, 1.0)]
+
+
 def test_page_is_self_contained(train, tmp_path):
     train(tmp_path / "run", steps=10)
     page = (tmp_path / "run" / "index.html").read_text()

@@ -860,7 +860,8 @@ def blur(x):
 
 
 def laplacian_pyramid(x, smallest=16):
-    """(B, C, S, S) -> what each resolution adds to the next lower one, finest first, and last the lowest itself."""
+    """(B, C, S, S) -> what each resolution adds to the next lower one, finest first, and last the lowest itself: the
+    first that is not larger than `smallest`, or that cannot be halved."""
     levels = []
     while x.shape[-1] > smallest and x.shape[-1] % 2 == 0:
         half = blur(x)[..., ::2, ::2]

@@ -325,6 +325,18 @@ def test_mistake_is_one_line_and_code_two(words, message, tmp_path, monkeypatch,
     assert errors.startswith("error: ") and errors.count("\n") == 1 and message in errors
 
 
+def test_export_halves_a_checkpoint_and_nothing_else(train, tmp_path, capsys):
+    train(tmp_path / "run", steps=1)
+    words = ["export", "--out", "half.safetensors", "--weights"]
+    assert jit_lab.main([*words, "run/model.safetensors"]) == 0
+    whole, half = load_file("run/model.safetensors"), load_file("half.safetensors")
+    assert whole.keys() == half.keys() and all(torch.equal(half[key], whole[key].bfloat16()) for key in whole)
+    assert jit_lab.load_model("half.safetensors", "cpu")[1] == jit_lab.load_model("run/model.safetensors", "cpu")[1]
+    capsys.readouterr()
+    assert jit_lab.main([*words, "run/state.safetensors"]) == 2
+    assert "run/state.safetensors is no model.safetensors of jit_lab.py" in capsys.readouterr().err
+
+
 def test_sample_writes_grid_singles_and_gif(train, command, tmp_path):
     train(tmp_path / "runs" / "jit_lab", steps=2)  # where sample looks first
     code, _, errors = command("sample", "--num", 5, "--steps", 12, "--each", "each", "--gif", "way.gif", "--seed", 4)

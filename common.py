@@ -320,12 +320,13 @@ def check_config(config):
             flag = flag_of(field)
             if limits["choices"] and v not in limits["choices"]:
                 raise UserError(f"{flag} {v}: choose one of {', '.join(limits['choices'])}")
-            if isinstance(v, float) and math.isnan(v):
-                raise UserError(f"{flag} {v}: must be a number")
-            if v is not None and limits["low"] is not None and v < limits["low"]:
+            # Written so that nan, which is neither small nor large, fails too.
+            if v is not None and limits["low"] is not None and not v >= limits["low"]:
                 raise UserError(f"{flag} {v}: must be at least {limits['low']}")
-            if v is not None and limits["high"] is not None and v > limits["high"]:
+            if v is not None and limits["high"] is not None and not v <= limits["high"]:
                 raise UserError(f"{flag} {v}: must be at most {limits['high']}")
+            if v != v:  # nan, where nothing limits it
+                raise UserError(f"{flag} {v}: must be a number")
             if v and limits["picture"]:  # now, rather than when all is drawn
                 picture_format(v, limits["picture"] == "film")
 

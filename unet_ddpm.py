@@ -131,13 +131,14 @@ class EncodeConfig(common.ShardConfig):
     out: str = option("", "folder for the shards (default: in data/, named after the folder, the VAE and the size)")
 
 
-def encode_folder(options):
-    """Encode a folder of pictures into shards of latents, each once; returns the shards' folder. Raises UserError."""
+def encode_folder(options, vae=None):
+    """Encode a folder of pictures into shards of latents, each once; returns the shards' folder. vae: what --vae names,
+    where it has been loaded. Raises UserError."""
     if not (options.data and options.vae):
         raise UserError("encode needs --data and --vae")
     device = common.pick_device(options.device)
     precision = common.pick_precision(options.precision, device)
-    vae = common.load_vae(options.vae).to(device)
+    vae = (vae or common.load_vae(options.vae)).to(device)
     paths = common.picture_paths(options.data)
     about = {"vae": common.fingerprint(vae), "image_size": options.image_size}
     # The default name tells folders apart that are called the same, and what was made of one with different VAEs or
@@ -209,7 +210,7 @@ def load_data(config):
         with torch.device("meta"):  # sizes that do not go together should be told before hours of encoding
             build_model(config, vae.latent_channels, config.image_size // vae.stride)
         same = {name: getattr(config, name) for name in ("data", "vae", "image_size", "device", "precision")}
-        shards = encode_folder(EncodeConfig(**same))
+        shards = encode_folder(EncodeConfig(**same), vae)
     if shards:
         data = Latents(shards, config.flip)
         if data.image_size != config.image_size:

@@ -298,7 +298,7 @@ def test_full_disk_spares_the_last_checkpoint(folder, command, tmp_path):
         (["train", "--data", "."], "no pictures in ."),
         (["train", "--patch-size", "7"], "--patch-size 7 does not divide --image-size 80"),
         (["train", "--lr", "-1"], "--lr -1.0: must be at least 0"),
-        (["train", "--lr", "nan"], "--lr nan: must be a number"),
+        (["train", "--lr", "nan"], "--lr nan: must be at least 0"),
         (["train", "--time-mean", "nan"], "--time-mean nan: must be a number"),
         (["train", "--lab-noise", "0.5"], "--lab-noise 0.5: give three numbers, for L*, a* and b*"),
         (["train", "--num-classes", "3"], "--num-classes 3: no data here has labels"),

@@ -92,31 +92,46 @@ def rope_2d(rows, columns, head_dim):
     return tuple(tables)
 
 
+def unpair(x, head_dim):
+    """(heads * head_dim, ...), rows of what makes queries or keys -> the same with those of each head in the order
+    0 2 4 ... 1 3 5 ...
+
+    Published weights mean RoPE to turn neighbouring channels, 0 and 1, 2 and 3, .... To pick these apart in each token
+    is slow (a fifth of an attention layer's time on a CPU), and q.k does not ask for the order of channels.
+    """
+    return x.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+
 def apply_rope(x, rope):
-    """Rotate neighbouring pairs of x (..., N, head_dim) by the angles of `rope`, a pair of (N, head_dim/2) tables.
+    """Rotate pairs of channels of x (..., N, head_dim) by the angles of `rope`, two tables (N, head_dim/2). A pair is a
+    channel of the first half and its counterpart in the second: what `unpair` makes of neighbours.
 
     (x0, x1) -> (x0 cos - x1 sin, x0 sin + x1 cos): q.k then depends on the difference of two positions only.
     """
     cos, sin = (table.to(x.dtype) for table in rope)
-    x0, x1 = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((x0 * cos - x1 * sin, x0 * sin + x1 * cos), dim=-1).flatten(-2)
+    x0, x1 = x.chunk(2, dim=-1)
+    return torch.cat((x0 * cos - x1 * sin, x0 * sin + x1 * cos), dim=-1)
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # Transformer parts
 
 
-class RMSNorm(nn.Module):
+def rms_norm(x, weight):
     """x / rms(x) * weight over the last axis, computed in float32 (Zhang & Sennrich 2019, eq. 4)."""
+    x32 = x.float()
+    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + 1e-6) * weight).to(x.dtype)
 
-    def __init__(self, dim, eps=1e-6):
+
+class RMSNorm(nn.Module):
+    """rms_norm with a weight of its own."""
+
+    def __init__(self, dim):
         super().__init__()
-        self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        x32 = x.float()
-        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
+        return rms_norm(x, self.weight)
 
 
 class TimestepEmbedder(nn.Module):
@@ -325,8 +340,8 @@ def check_config(config):
                 raise UserError(f"{flag} {v}: must be at least {limits['low']}")
             if v is not None and limits["high"] is not None and not v <= limits["high"]:
                 raise UserError(f"{flag} {v}: must be at most {limits['high']}")
-            if v != v:  # nan, where nothing limits it
-                raise UserError(f"{flag} {v}: must be a number")
+            if isinstance(v, float) and not math.isfinite(v):
+                raise UserError(f"{flag} {v}: must be a finite number")
             if v and limits["picture"]:  # now, rather than when all is drawn
                 picture_format(v, limits["picture"] == "film")
 
@@ -845,15 +860,19 @@ def update_ema(ema, model, step, longest):
         torch._foreach_lerp_(averages, weights, 1 - decay)
 
 
+def has_compiler():
+    """Is there a C++ compiler, which torch.compile needs on a CPU?"""
+    return any(map(shutil.which, ("c++", "g++", "clang++", "cl")))
+
+
 def worth_compiling(config, device):
     """--compile or --no-compile if given; else only where what it gains (a third, on two CPU cores) pays within the
     budget for what it costs (half a minute), and where there is a C++ compiler to do it."""
-    has_compiler = any(map(shutil.which, ("c++", "g++", "clang++", "cl")))
-    if config.compile and device.type == "cpu" and not has_compiler:
+    if config.compile and device.type == "cpu" and not has_compiler():
         raise UserError("--compile needs a C++ compiler, such as g++; install one, or leave --compile out")
     if config.compile is not None:
         return config.compile
-    if device.type == "mps" or (device.type == "cpu" and not has_compiler):
+    if device.type == "mps" or (device.type == "cpu" and not has_compiler()):
         return False
     if (config.minutes or 5) < 5 or (config.steps or 1000) < 1000:
         return False
@@ -881,10 +900,15 @@ def save_atomically(path, write):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as problem:
+    except (OSError, ValueError, SafetensorError) as problem:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {problem}; free some space or name another place") from None
+
+
+def save_text(path, text):
+    """A text file; what UTF-8 has no bytes for, such as half a character in a file's name, is spelt out."""
+    save_atomically(path, lambda part: part.write_text(text, "utf-8", "backslashreplace"))
 
 
 def save_tensors(path, tensors, header):
@@ -991,7 +1015,8 @@ def unpack_state(tensors, path, model, ema, optimizer, scaler):
         index, slot, *part = key.split(".")
         if part:  # of 8-bit moments: the optimizer makes empty ones to be filled
             if not hasattr(optimizer, "_new_buffer"):
-                raise UserError(f"{path} is of a run with 8-bit AdamW; to go on with it, pip install torchao")
+                needs = "torchao (pip install torchao), the same kind of --device, and no --fsdp"
+                raise UserError(f"{path} is of a run with 8-bit AdamW; to go on with it takes {needs}")
             own = slots.setdefault(int(index), {})
             if slot not in own:
                 own[slot] = optimizer._new_buffer(parameters[int(index)], slot == "exp_avg")
@@ -1397,12 +1422,14 @@ def read_picture(path, size):
 
 
 def picture_paths(folder):
-    """All files below `folder` that should be pictures, sorted, so that picture number i is the same on every machine.
-    Raises UserError if there is none."""
+    """All files below `folder` that should be pictures, sorted, so that picture number i is the same on every machine;
+    those within run folders, which training drew, are none. Raises UserError if there is none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; name a folder of pictures, or leave --data out for drawn ones")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file())
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    runs = {path.parent for path in files if path.name == "state.safetensors"}
+    paths = sorted(p for p in files if p.suffix.lower() in PICTURE_SUFFIXES and runs.isdisjoint(p.parents))
     if not paths:
         raise UserError(f"no pictures in {folder}; it should hold files such as .png or .jpg")
     return paths
@@ -1579,10 +1606,12 @@ def write_shards(options, paths, about, rows, encode, extra):
             pass
     except OSError as problem:
         raise UserError(f"cannot write into {options.out}: {problem.strerror}; name another --out") from None
+    parts = [paths[first : first + options.shard] for first in range(0, len(paths), options.shard)]
+    targets = [Path(options.out) / f"shard_{number:05d}.safetensors" for number in range(len(parts))]
+    if strays := set(Path(options.out).glob("shard_*.safetensors")) - set(targets):  # training would read them, too
+        raise UserError(f"{min(strays)} was made from other pictures or settings; name another --out")
     bar = tqdm(total=len(paths), desc="encoding", unit=" pictures")
-    for number, first in enumerate(range(0, len(paths), options.shard)):
-        part = paths[first : first + options.shard]
-        target = Path(options.out) / f"shard_{number:05d}.safetensors"
+    for part, target in zip(parts, targets):
         asked = [str(path.relative_to(options.data)) for path in part]
         told = {name: {"file": name} | rows[path] for name, path in zip(asked, part)}
         if target.exists():
@@ -1593,8 +1622,9 @@ def write_shards(options, paths, about, rows, encode, extra):
                 raise UserError(
                     f"captions or tags have changed since {target} was made; delete its folder to encode anew"
                 )
+            bar.update(len(part))
         else:
-            header, parts = about | {"asked": asked, "rows": [], "skipped": []}, []
+            header, batches = about | {"asked": asked, "rows": [], "skipped": []}, []
             for start in range(0, len(part), options.batch_size):
                 chunk = part[start : start + options.batch_size]
                 pictures, good, bad = read_pictures(chunk, options.data, options.image_size)
@@ -1604,12 +1634,11 @@ def write_shards(options, paths, about, rows, encode, extra):
                     with torch.no_grad():
                         encoded = encode(pictures / 127.5 - 1, known)
                     header["rows"] += known
-                    parts.append({name: tensor.bfloat16().cpu() for name, tensor in encoded.items()})
+                    batches.append({name: tensor.bfloat16().cpu() for name, tensor in encoded.items()})
                 bar.update(len(chunk))
-            if parts:
-                tensors = {name: torch.cat([encoded[name] for encoded in parts]) for name in parts[0]}
+            if batches:
+                tensors = {name: torch.cat([encoded[name] for encoded in batches]) for name in batches[0]}
                 save_tensors(target, tensors | extra, header)
-        bar.update(first + len(part) - bar.n)
         done += len(header["rows"])
         skipped += header["skipped"]
     bar.close()
@@ -1801,7 +1830,8 @@ class Chart:
             return ""
         lines = [["", *(f"{x:,}" for x in xs)]]
         for name, curve in self.curves.items():
-            lines.append([name, *(f"{dict(curve)[x]:.1f}" if x in dict(curve) else "" for x in xs)])
+            known = {x: f"{y:.1f}" if y >= 10 else f"{y:.3g}" for x, y in curve}
+            lines.append([name, *(known.get(x, "") for x in xs)])
         if self.floor is not None:
             lines.append(["real against real", f"{self.floor:.1f}"])
         rows = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in line) + "</tr>" for line in lines)
@@ -1831,7 +1861,7 @@ def tell_skipped(skipped, path=None):
     if lines:
         where = f", listed in {path}" if path else ""
         if path:
-            save_atomically(path, lambda part: part.write_text("\n".join(lines) + "\n"))
+            save_text(path, "\n".join(lines) + "\n")
         print(f"skipped {len(lines)} files{where}: {'; '.join(lines[:3])}{'; ...' if len(lines) > 3 else ''}")
 
 
@@ -1846,7 +1876,7 @@ class Run:
         self.config, self.system = config, system
         self.folder = Path(config.out or f"runs/{system}")
         self.step, self.images, self.seconds_before, self.best = 0, 0, 0.0, math.inf
-        self.first = 0.0  # by the clock, progress at the end of the first step
+        self.first_seconds = 0.0  # what the clock showed at the end of the first step
         self.done, self.interrupted, self.asked_to_stop = False, False, False
         self.header = {}  # what the checkpoints' headers say beside system, step and config
         self.window = []  # (costs, times, loss, gradient norm, lr) of each step since the last line of the log
@@ -1867,7 +1897,7 @@ class Run:
         if self.config.resume:
             if not begun:
                 raise UserError(f"nothing to resume in {self.folder}: no checkpoint; start a run without --resume")
-        elif self.folder.exists() and any(self.folder.iterdir()):
+        elif self.folder.is_dir() and any(self.folder.iterdir()):
             if not begun:
                 raise UserError(f"{self.folder} holds files but no checkpoint; empty it, or name another --out")
             raise UserError(f"{self.folder} is not empty; add --resume to go on with it, or name another --out")
@@ -1906,12 +1936,13 @@ class Run:
         return 0
 
     def command(self):
-        """The line that goes on with this run; where its budget is used up, with twice as much."""
+        """The line that goes on with this run; where its budget is used up, with twice as much (but of compare, which
+        divides its own)."""
         start, more = ["python"], []
         if dist.is_initialized():
             start = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
         for budget in ("minutes", "epochs", "steps"):
-            if self.progress >= 1 and (value := getattr(self.config, budget, None)):
+            if self.progress >= 1 and sys.argv[1:2] != ["compare"] and (value := getattr(self.config, budget, None)):
                 more += [f"--{budget}", str(2 * value)]
         return shlex.join([*start, *[word for word in sys.argv if word != "--resume"], *more, "--resume"])
 
@@ -1961,7 +1992,12 @@ class Run:
     def schedule(self):
         """What the learning rate follows: progress, by the clock from the end of the first step on, in which a compiler
         may be at work for longer than a whole warm-up."""
-        return (self.progress - self.first) / (1 - self.first)
+        if self.config.steps:
+            return self.progress
+        first = min(
+            1.0, self.first_seconds / (60 * self.config.minutes)
+        )  # of this budget, which a resumed run may have
+        return (self.progress - first) / (1 - first) if first < 1 else 1.0  # changed
 
     def due(self):
         """(pictures, checkpoint): is it time for samples, and is it time to save?
@@ -1972,8 +2008,8 @@ class Run:
         self.now, stop = all_reduce_max(self.seconds, self.asked_to_stop)
         self.interrupted = bool(stop)
         progress = self.progress
-        if self.step == 1 and not self.config.steps:
-            self.first = progress
+        if self.step == 1:
+            self.first_seconds = self.now
         self.done = progress >= 1 or self.interrupted
         marks = sum(progress >= mark for mark in MARKS)
         pictures, self.marks_passed = marks > self.marks_passed, marks
@@ -1991,9 +2027,8 @@ class Run:
         """
         loss = costs.mean().item()
         if not (math.isfinite(loss) and gradient_is_finite):
-            good = f"the last good checkpoint is {self.state_path}" if self.state_path.exists() else "nothing was saved"
             what = f"loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
-            raise UserError(f"{what} at step {self.step + 1}; {good}; try a lower --lr or --precision fp32")
+            raise UserError(f"{what} at step {self.step + 1}; {self.last_good()}; try a lower --lr or --precision fp32")
         self.step += 1
         self.images += len(costs)
         self.window.append((costs.float().cpu(), times.cpu(), loss, float(grad_norm), lr))
@@ -2010,14 +2045,22 @@ class Run:
         loss = sum(losses) / len(losses)
         row = [self.step, now, self.images, loss, rates[-1], sum(norms) / len(norms), rate]
         if rank() == 0:
-            with open(self.folder / "log.csv", "a", newline="") as file:
-                if file.tell() == 0:
-                    csv.writer(file).writerow(LOG_COLUMNS)
-                csv.writer(file).writerow([f"{v:.6g}" if isinstance(v, float) else v for v in row + by_noise])
+            log = self.folder / "log.csv"
+            try:
+                with open(log, "a", newline="") as file:
+                    if file.tell() == 0:
+                        csv.writer(file).writerow(LOG_COLUMNS)
+                    csv.writer(file).writerow([f"{v:.6g}" if isinstance(v, float) else v for v in row + by_noise])
+            except OSError as problem:
+                reason = f"cannot write {log}: {problem.strerror}; {self.last_good()}"
+                raise UserError(f"{reason}; free some space and add --resume") from None
         self.window, self.window_started = [], now
         self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
         self.bar.n = self.step if self.config.steps else min(now, self.bar.total)
         self.bar.refresh()
+
+    def last_good(self):
+        return f"the last good checkpoint is {self.state_path}" if self.state_path.exists() else "nothing was saved"
 
     def settings(self):
         """The header of every checkpoint."""
@@ -2037,7 +2080,7 @@ class Run:
         if held_out_loss is not None and held_out_loss < self.best:
             self.best = held_out_loss
             save_tensors(self.folder / "best.safetensors", ema.state_dict(), settings | {"held_out_loss": self.best})
-        clock = {"images": self.images, "seconds": self.seconds, "best": self.best, "first": self.first}
+        clock = {"images": self.images, "seconds": self.seconds, "first_seconds": self.first_seconds, "best": self.best}
         save_tensors(self.state_path, pack_state(model, ema, optimizer, scaler), settings | clock | (also or {}))
         if rank() == 0:
             self.write_page()
@@ -2058,7 +2101,7 @@ class Run:
             raise UserError(f"{self.folder} began with another {other[0]}; resume with the same, or name another --out")
         unpack_state(tensors, self.state_path, model, ema, optimizer, scaler)
         self.step, self.images, self.seconds_before = header["step"], header["images"], header["seconds"]
-        self.best, self.first = header["best"], header.get("first", 0.0)
+        self.best, self.first_seconds = header["best"], header.get("first_seconds", 0.0)
         log = self.folder / "log.csv"
         if rank():
             return header
@@ -2069,7 +2112,7 @@ class Run:
             head, *lines = log.read_text().splitlines(keepends=True)
             whole = [line for line in lines if line.endswith("\n") and line.count(",") == head.count(",")]
             kept = [line for line in whole if int(line.split(",")[0]) <= self.step]
-            save_atomically(log, lambda part: part.write_text(head + "".join(kept)))
+            save_text(log, head + "".join(kept))
         return header
 
     def keep(self, ema):
@@ -2093,7 +2136,9 @@ class Run:
         noise = {f"t {edges[k]} to {edges[k + 1]}": series(f"loss_bin_{k}") for k in range(NOISE_BINS)}
         knows_time = sum(map(bool, noise.values())) > 1  # an autoencoder's training does not
         strip = ""
-        for path in sorted((self.folder / "samples").glob("step_[0-9]*.png")):
+        for path in sorted((self.folder / "samples").glob("step_*.png")):
+            if not path.stem[5:].isdigit():  # a copy that somebody made
+                continue
             data = base64.b64encode(path.read_bytes()).decode()
             strip += f'<figure><img src="data:image/png;base64,{data}" alt="samples">'
             strip += f"<figcaption>step {int(path.stem[5:]):,}</figcaption></figure>"
@@ -2110,7 +2155,7 @@ class Run:
             strip=strip,
             config=config,
         )
-        save_atomically(self.folder / "index.html", lambda part: part.write_text(page))
+        save_text(self.folder / "index.html", page)
 
 
 PAGE = """<!DOCTYPE html>

@@ -88,10 +88,12 @@ from common import (
     option,
     oval,
     pair,
+    rms_norm,
     rope_2d,
     sincos_2d,
     sincos_table,
     tips,
+    unpair,
 )
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -206,31 +208,36 @@ COLOURS |= {"blue": "#2b62e3", "purple": "#8a3fd1", "pink": "#f562b4"}
 HUES = list(COLOURS)  # the eight that a hue alone tells apart
 COLOURS |= {"brown": "#7d4a26", "grey": "#8c8c8c", "black": "#1f1f23"}
 EMOJI_FONTS = ("NotoColorEmoji.ttf", 109), ("Apple Color Emoji.ttc", 160), ("seguiemj.ttf", 109)
-EMOJI_VIEWS = 4  # pictures of each emoji: one straight, the others a little smaller, moved and tilted
 
-# Unicode names that are no thing one could draw, or that speak of a colour.
+# Words of Unicode's that name no thing one could draw, speak of a colour, or tell left from right.
 NO_THINGS = set(
     "sign symbol arrow arrows circled squared square circle triangle indicator clock modifier component mark ornament "
     "keycap button ideograph input silhouette ballot multiplication loop vertical dash lower off no japanese facing "
-    "white red green blue orange yellow brown purple black person man men woman women people family bust busts "
-    "speaker adult older child prince pregnant feeding compression closet".split()
+    "white red green blue orange yellow brown purple black pink grey gray teal person man men woman women people "
+    "family bust busts speaker adult older child prince pregnant feeding compression closet oncoming leftwards "
+    "rightwards aries taurus gemini cancer leo virgo libra scorpius sagittarius capricorn aquarius pisces ophiuchus "
+    "metro station restroom customs passport baggage left crossing vibration exchange".split()
 )
-# Unicode's names are an engineer's; these are what one would call the thing.
+# Unicode's names are an engineer's; these are what one would call the thing. A caption is the sum of its words, so one
+# word should stand for one look: a dog that is a sausage and a car seen from ahead would make all dogs and cars worse.
 CALLED = {
-    "automobile": "car", "oncoming automobile": "car", "red apple": "apple", "heavy black heart": "heart",
-    "white medium star": "star", "glowing star": "star", "black telephone": "telephone", "deciduous tree": "tree",
-    "evergreen tree": "fir tree", "house building": "house", "hot beverage": "coffee", "lady beetle": "ladybug",
-    "electric light bulb": "light bulb", "jack-o-lantern": "pumpkin", "black sun with rays": "sun",
-    "black scissors": "scissors", "wrapped present": "present", "personal computer": "laptop",
-    "umbrella with rain drops": "umbrella", "high-heeled shoe": "high heel", "articulated lorry": "truck",
+    "automobile": "car", "red apple": "apple", "heavy black heart": "heart", "white medium star": "star",
+    "black telephone": "telephone", "deciduous tree": "tree", "evergreen tree": "fir tree", "house building": "house",
+    "hot beverage": "coffee", "lady beetle": "ladybug", "electric light bulb": "light bulb",
+    "jack-o-lantern": "pumpkin", "black sun with rays": "sun", "black scissors": "scissors",
+    "wrapped present": "present", "personal computer": "laptop", "high-heeled shoe": "high heel",
     "delivery truck": "truck", "fire engine": "fire truck", "slice of pizza": "pizza", "ear of maize": "corn",
-    "hocho": "knife", "white flower": "flower stamp", "closed lock with key": "padlock", "lock": "padlock",
-    "extraterrestrial alien": "alien", "honeybee": "bee", "soft ice cream": "ice cream cone", "gem stone": "gem",
-    "dromedary camel": "camel", "mans shoe": "shoe", "womans hat": "sun hat", "womans boots": "boot",
-    "womans sandal": "sandal", "womans clothes": "blouse", "waving black flag": "flag", "pot of food": "stew",
-    "steaming bowl": "noodles", "automated teller machine": "cash machine", "father christmas": "santa claus",
+    "hocho": "knife", "white flower": "flower stamp", "lock": "padlock", "extraterrestrial alien": "alien",
+    "honeybee": "bee", "soft ice cream": "ice cream cone", "gem stone": "gem", "dromedary camel": "camel",
+    "mans shoe": "shoe", "womans hat": "sun hat", "womans boots": "boot", "womans sandal": "sandal",
+    "womans clothes": "blouse", "waving black flag": "flag", "pot of food": "stew", "steaming bowl": "noodles",
+    "automated teller machine": "cash machine", "father christmas": "santa claus",
     "police cars revolving light": "siren", "ball of yarn": "yarn", "bar of soap": "soap", "glass of milk": "milk",
     "hibiscus": "flower", "meat on bone": "meat", "cut of meat": "steak", "reminder ribbon": "loop of ribbon",
+    "hot dog": "hotdog", "bell pepper": "paprika", "t-rex": "tyrannosaurus", "oil drum": "barrel", "ribbon": "bow",
+    "speech balloon": "speech bubble", "thought balloon": "thought bubble", "direct hit": "dartboard",
+    "cooking": "fried egg", "light rail": "commuter train", "articulated lorry": "lorry", "face palm": "",
+    "glowing star": "", "umbrella with rain drops": "", "closed lock with key": "", "heart decoration": "",
 }  # fmt: skip
 # Never shown in any of the eight hues while training: that these can be asked for is what `evaluate` measures.
 HELD_OUT = (
@@ -268,22 +275,15 @@ def emoji_things():
 
 
 def draw_emoji(seed, size):
-    """(RGBA picture size x size, name, no tags): view seed // count of emoji seed % count."""
-    things, rng = emoji_things(), random.Random(seed)
-    view, index = divmod(seed, len(things))
-    character, name = things[index]
+    """(RGBA picture size x size, name, no tags) of emoji number `seed`."""
+    character, name = emoji_things()[seed]
     width = 2 * emoji_font().size
     strike = Image.new("RGBA", (width, width))
     ImageDraw.Draw(strike).text((width // 2,) * 2, character, font=emoji_font(), embedded_color=True, anchor="mm")
     strike = strike.crop(strike.getbbox())
-    scale, shift = 0.94, (0.0, 0.0)
-    if view:
-        strike = strike.rotate(rng.uniform(-8, 8), Image.Resampling.BICUBIC, expand=True)
-        scale, shift = rng.uniform(0.78, 0.92), (rng.uniform(-0.04, 0.04), rng.uniform(-0.04, 0.04))
-    side = round(max(strike.size) / scale)
+    side = round(max(strike.size) / 0.94)
     picture = Image.new("RGBA", (side, side))
-    at = [round((side - length) / 2 + side * move) for length, move in zip(strike.size, shift)]
-    picture.paste(strike, tuple(at))
+    picture.paste(strike, tuple((side - length) // 2 for length in strike.size))
     return picture.resize((size, size), Image.Resampling.LANCZOS), name, []
 
 
@@ -322,15 +322,15 @@ def tint(rgba, colour):
 
 
 class EmojiSet:
-    """Every emoji as it is and in every colour, on white and on pastel grounds, captioned "a teal fish on a pink
-    background". `pairs` are the (emoji, colour) that are shown; None is its own colour."""
+    """Every emoji and its mirror image, as it is and in every colour, on white and on pastel grounds, captioned "a teal
+    fish on a pink background". `pairs` are the (emoji, colour) that are shown; None is its own colour."""
 
     def __init__(self, size):
         self.names = [name for _, name in emoji_things()]
-        self.rgba = common.draw_set(draw_emoji, EMOJI_VIEWS * len(self.names), size).pictures
+        self.rgba = common.draw_set(draw_emoji, len(self.names), size).pictures
         # An emoji's own colours count four times, so that they make up about a quarter.
         pairs = [(i, colour) for i in range(len(self.names)) for colour in [None] * 4 + list(COLOURS)]
-        # Where "dog" is held out, so are the hues of "dog face": no caption may have both words.
+        # Where "dog" is held out, so are the hues of "dog face": a red one would be a red dog.
         held_out = [not set(name.split()).isdisjoint(HELD_OUT) for name in self.names]
         self.pairs = [(i, colour) for i, colour in pairs if not (held_out[i] and colour in HUES)]
 
@@ -352,11 +352,10 @@ class EmojiSet:
         return with_article(" ".join(filter(None, [colour, self.names[index]])))
 
     def batch(self, index, draw):
-        """Pairs `index` -> (pictures (B, 3, S, S) in [-1, 1], captions). Views and grounds come from `draw`."""
+        """Pairs `index` -> (pictures (B, 3, S, S) in [-1, 1], captions); mirroring and grounds come from `draw`."""
         emoji = torch.tensor([self.pairs[i][0] for i in index])
         colours = [self.pairs[i][1] for i in index]
-        view = draw.randint(EMOJI_VIEWS)
-        rgba = self.rgba[view * len(self.names) + emoji] / 255
+        rgba = common.mirror_some(self.rgba[emoji] / 255, 0.5, draw)
         own = torch.tensor([colour is None for colour in colours]).view(-1, 1, 1, 1)
         rgba = torch.where(own, rgba, tint(rgba, rgb_of([colour or "grey" for colour in colours])))
         ground, captions = torch.ones(len(index), 3, 1, 1), [self.caption(i) for i in index]
@@ -709,9 +708,19 @@ def captions_of(paths, folder):
     return captions
 
 
+# What --data knows nothing of.
+STREAM_FIELDS = "threads per_host timeout retries max_mb schemes private_hosts cache_gb min_score min_side".split()
+
+
 def load_data(config):
     """What --data names -> (all, training set, held-out set, lines about skipped files), or what --stream names ->
     (stream, stream, None, []). Raises UserError."""
+    if not config.stream and (idle := common.differences(config, {}, STREAM_FIELDS)):
+        raise UserError(f"options of a stream without --stream; name one, or keep to {idle}")
+    if config.stream and config.data != "drawn":
+        raise UserError("--data and --stream are two sources; name one of them")
+    if config.flip and config.data in ("drawn", "emoji") and not config.stream:
+        raise UserError(f"--flip {config.flip} is for your own pictures; leave it out, or say --flip 0")
     skipped, shards = [], not config.stream and any(Path(config.data).glob("shard_*.safetensors"))
     if config.clip and config.encoder == "words" and not shards:
         raise UserError("--clip goes with --encoder clip, or with shards; add that, or leave --clip out")
@@ -1632,16 +1641,12 @@ class SwiGLU(nn.Module):
         return self.leave(value * F.silu(gate))
 
 
-def turn(x, rope):
-    return x if rope is None else apply_rope(x, rope)
-
-
 class JointAttention(nn.Module):
     """Each stream has its own queries, keys and values; then all tokens, text first, attend to all."""
 
     def __init__(self, num_heads, head_dim):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.head_dim = num_heads, head_dim
         width = num_heads * head_dim
         for stream in ("vis", "txt"):
             for letter in "qkvo":
@@ -1653,18 +1658,24 @@ class JointAttention(nn.Module):
     def heads(self, x):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, h, N, head_dim)
 
+    def turned(self, name, x, rope):
+        """Queries or keys of a stream, as `name` ("vis_q") says: normalised, and turned by their places, rope's."""
+        proj, norm = getattr(self, f"{name}_proj"), getattr(self, f"{name}_norm")
+        if rope is None:
+            return norm(self.heads(proj(x)))
+        weight, bias, scale = (unpair(rows, self.head_dim) for rows in (proj.weight, proj.bias, norm.weight))
+        return apply_rope(rms_norm(self.heads(F.linear(x, weight, bias)), scale), rope)
+
     def forward(self, txt, vis, rope, text_goes_on=True):
         """txt (B, T, D), vis (B, N, D) -> what each has gathered; None for text that has no layer left to go to. rope:
         the tables of both streams, or (None, None) where tokens know their places otherwise."""
         txt_rope, vis_rope = rope
-        q = turn(self.vis_q_norm(self.heads(self.vis_q_proj(vis))), vis_rope)
-        k = turn(self.vis_k_norm(self.heads(self.vis_k_proj(vis))), vis_rope)
-        txt_k = turn(self.txt_k_norm(self.heads(self.txt_k_proj(txt))), txt_rope)
+        q = self.turned("vis_q", vis, vis_rope)
+        k = torch.cat((self.turned("txt_k", txt, txt_rope), self.turned("vis_k", vis, vis_rope)), dim=2)
         v = torch.cat((self.heads(self.txt_v_proj(txt)), self.heads(self.vis_v_proj(vis))), dim=2)
         if text_goes_on:
-            txt_q = turn(self.txt_q_norm(self.heads(self.txt_q_proj(txt))), txt_rope)
-            q = torch.cat((txt_q, q), dim=2)  # (B, h, T + N, head_dim)
-        x = attention(q, torch.cat((txt_k, k), dim=2), v).transpose(1, 2).flatten(2)
+            q = torch.cat((self.turned("txt_q", txt, txt_rope), q), dim=2)  # (B, h, T + N, head_dim)
+        x = attention(q, k, v).transpose(1, 2).flatten(2)
         if not text_goes_on:
             return None, self.vis_o_proj(x)
         txt, vis = x.split((txt.shape[1], vis.shape[1]), dim=1)
@@ -2022,6 +2033,9 @@ def train(config):
         header = run.load(model, ema, optimizer, scaler)
         if config.start and not header["config"].get("start"):
             raise UserError(f"the run in {run.folder} did not begin with other weights; leave --from out")
+        run.config = dataclasses.replace(
+            run.config, start=header["config"].get("start", "")
+        )  # to be told the next time
         if config.stream:
             data.restore(header["stream"])
     if common.worth_compiling(config, device):
@@ -2217,8 +2231,9 @@ def sample_command(options):
     model, config, header = load_model(common.find_weights(options.weights, "dit_t2i"), device)
     encoder, vae = load_partners(options, config, header)
     options = dataclasses.replace(options, cfg=config.cfg if options.cfg is None else options.cfg)
-    if options.negative and options.cfg == 1:
-        raise UserError("--negative is what guidance leads away from, and --cfg 1 is no guidance; give a --cfg above 1")
+    if options.negative and options.cfg <= 1:
+        none = f"--cfg {options.cfg:g} is no guidance"
+        raise UserError(f"--negative is what guidance leads away from, and {none}; give a --cfg above 1")
     if options.tile and (not vae or options.tile % 2):
         raise UserError(f"--tile {options.tile} should be an even number of a VAE's cells; give one, or leave it out")
     for text in [*prompts, options.negative]:
@@ -2265,14 +2280,15 @@ def hue(rgb):
 
 
 def colour_seen(rgb):
-    """Which of the eight hues each picture (B, 3, H, W) mostly has: every pixel votes with its chroma."""
+    """Which of the eight hues each picture (B, 3, H, W) mostly has, None where there is none: every pixel votes with
+    its chroma."""
     turn, chroma = hue(rgb)
     known = hue(rgb_of(HUES))[0].flatten()  # (8,)
     away = (turn.flatten(1).unsqueeze(-1) - known).abs()
     vote = torch.minimum(away, 1 - away).argmin(dim=-1)  # (B, H W)
     weight = chroma.flatten(1) * (chroma.flatten(1) > 0.15)
     votes = torch.zeros(len(rgb), len(HUES)).scatter_add_(1, vote, weight)
-    return [HUES[i] for i in votes.argmax(dim=1)]
+    return [HUES[k] if count else None for count, k in zip(votes.amax(dim=1).tolist(), votes.argmax(dim=1).tolist())]
 
 
 def structure(rgb):
@@ -2285,7 +2301,7 @@ def structure(rgb):
 
 def things_seen(rgb, known):
     """What each picture (B, 3, S, S) looks most like, colour aside: the name of the nearest picture of an EmojiSet."""
-    rgba = known.rgba / 255
+    rgba = torch.cat((known.rgba, known.rgba.flip(-1))) / 255
     grey = torch.cat([tint(part, rgb_of(["grey"])) for part in rgba.split(256)])
     on_white = grey[:, :3] * grey[:, 3:] + 1 - grey[:, 3:]
     nearest = torch.cdist(structure(rgb), structure(on_white)).argmin(dim=1)
@@ -2336,7 +2352,12 @@ VERBS = {
     ),
     "train": (train, Config, PRESETS, "train, e.g. python dit_t2i.py train --data emoji"),
     "sample": (sample_command, SampleConfig, None, 'draw pictures, e.g. python dit_t2i.py sample "a red car"'),
-    "export": (common.export("dit_t2i"), common.ExportConfig, None, "halve a checkpoint, to give it away"),
+    "export": (
+        common.export("dit_t2i"),
+        common.ExportConfig,
+        None,
+        "halve a checkpoint, e.g. export --out mine.safetensors",
+    ),
     "evaluate": (evaluate_command, EvaluateConfig, None, "test colours of things that were never shown together"),
 }
 

@@ -42,8 +42,10 @@ from common import (
     generator,
     modulate,
     option,
+    rms_norm,
     rope_2d,
     sincos_2d,
+    unpair,
 )
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -276,16 +278,21 @@ class Attention(nn.Module):
 
     def __init__(self, hidden_size, num_heads):
         super().__init__()
-        self.num_heads = num_heads
-        self.q_norm = RMSNorm(hidden_size // num_heads)
-        self.k_norm = RMSNorm(hidden_size // num_heads)
+        self.num_heads, self.head_dim = num_heads, hidden_size // num_heads
+        self.q_norm = RMSNorm(self.head_dim)
+        self.k_norm = RMSNorm(self.head_dim)
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x, rope):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, h, N, D/h)
-        q = apply_rope(self.q_norm(q), rope)
-        k = apply_rope(self.k_norm(k), rope)
+        def for_rope(rows):  # queries' and keys', in the order of channels that apply_rope wants; values have none
+            q, k, v = rows.chunk(3)
+            return torch.cat((unpair(q, self.head_dim), unpair(k, self.head_dim), v))
+
+        qkv = F.linear(x, for_rope(self.qkv.weight), for_rope(self.qkv.bias)).chunk(3, dim=-1)
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in qkv)  # each (B, h, N, D/h)
+        q = apply_rope(rms_norm(q, unpair(self.q_norm.weight, self.head_dim)), rope)
+        k = apply_rope(rms_norm(k, unpair(self.k_norm.weight, self.head_dim)), rope)
         return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))  # (B, N, D)
 
 
@@ -654,11 +661,12 @@ def load_model(path, device):
     Raises UserError if the file is broken or of another model.
     """
     weights, header = common.load_tensors(path)
-    if "model_ema1" in weights:  # official JiT keeps two averages; this is the one that its author samples from
-        weights = {name.removeprefix("net."): tensor for name, tensor in weights["model_ema1"].items()}
     if header and header.get("system") != "jit_lab":
-        raise UserError(f"{path} is a checkpoint of {header.get('system')}; name one of jit_lab.py's with --weights")
+        other = header.get("system") or "something else"
+        raise UserError(f"{path} is a checkpoint of {other}; name one of jit_lab.py's with --weights")
     try:
+        if "model_ema1" in weights:  # official JiT keeps two averages; this is the one that its author samples from
+            weights = {name.removeprefix("net."): tensor for name, tensor in weights["model_ema1"].items()}
         config = Config(**header["config"]) if header else config_of_weights(weights)
         common.check_config(config)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as problem:
@@ -723,7 +731,7 @@ class Lpips(nn.Module):
     def load(cls, alexnet, heads):
         """From torchvision's AlexNet weights and the LPIPS heads ("lin0.model.1.weight", ...), .safetensors or .pth."""
         lpips, (trunk, _), (linear, _) = cls(), common.load_tensors(alexnet), common.load_tensors(heads)
-        trunk = {name: tensor for name, tensor in trunk.items() if name.startswith("features.")}
+        trunk = {name: tensor for name, tensor in trunk.items() if str(name).startswith("features.")}
         common.load_into(lpips.features, {name.removeprefix("features."): t for name, t in trunk.items()}, alexnet)
         weights = {str(k): linear.get(f"lin{k}.model.1.weight", torch.empty(0)).flatten() for k in range(5)}
         common.load_into(lpips.heads, weights, heads)
@@ -776,7 +784,9 @@ def nearest(metric, queries, pictures, skip_self=False, batch_size=250):
 class NoveltyConfig(DrawConfig):
     """Options of the verb novelty: how to draw, and what to compare with."""
 
-    data: str = option("", "training pictures, a folder or drawn (default: what the checkpoint was trained on)")
+    data: str = option(
+        "", "training pictures, a folder or drawn (default: what the checkpoint was trained on, all in colour)"
+    )
     alexnet: str = option("", "torchvision's AlexNet weights, for LPIPS")
     lpips: str = option("", "LPIPS' linear heads for AlexNet")
     out: str = option(
@@ -822,7 +832,7 @@ def novelty_command(options):
         rows.append([options.seed + i, names[where], f"{distance:.5f}", name, reading])
     text = io.StringIO()
     csv.writer(text).writerows(rows)
-    common.save_atomically(table, lambda part: part.write_text(text.getvalue()))
+    common.save_text(table, text.getvalue())
     print(
         f"{name} to the nearest of {len(pictures):,} training pictures: median {distances.median():.4f}, least "
         f"{distances.min():.4f}; between training pictures: median {usual:.4f}. See {options.out} and {table}"
@@ -849,7 +859,12 @@ def labelled_pairs(pictures, distances, columns=4):
 VERBS = {
     "train": (train, Config, PRESETS, "train, e.g. python jit_lab.py train --minutes 3"),
     "sample": (sample_command, SampleConfig, None, "draw pictures, e.g. python jit_lab.py sample --num 16"),
-    "export": (common.export("jit_lab"), common.ExportConfig, None, "halve a checkpoint, to give it away"),
+    "export": (
+        common.export("jit_lab"),
+        common.ExportConfig,
+        None,
+        "halve a checkpoint, e.g. export --out mine.safetensors",
+    ),
     "novelty": (
         novelty_command,
         NoveltyConfig,

@@ -143,7 +143,7 @@ def encode_folder(options, vae=None):
     about = {"vae": common.fingerprint(vae), "image_size": options.image_size}
     # The default name tells folders apart that are called the same, and what was made of one with different VAEs or
     # from other pictures.
-    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    files = [(str(path.relative_to(options.data)), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     place = zlib.crc32(json.dumps([str(Path(options.data).resolve()), about, files]).encode())
     out = options.out or f"data/latents-{Path(options.data).name}-{options.image_size}-{place:08x}"
 
@@ -173,7 +173,7 @@ class Pixels:
             raise UserError(f"--fold {fold} does not divide --image-size {pictures.shape[-1]}")
         self.pictures, self.names, self.tags, self.fold, self.flip = pictures, names, tags, fold, flip
         # What tells one set from another: how many, their pixels, their names in this order.
-        told = [len(pictures), int(pictures.sum()), zlib.crc32("\n".join(names).encode())]
+        told = [len(pictures), int(pictures.sum()), zlib.crc32("\n".join(names).encode(errors="surrogateescape"))]
         self.header = {"vae": None, "data": told}
 
     def batch(self, index, draw=None):
@@ -597,7 +597,7 @@ def compile_stages(model):
 
 def make_optimizer(config, model, device):
     """AdamW and the scaler that fp16 needs; the write-up's 8-bit AdamW where it is asked for. Raises UserError where
-    torchao is missing."""
+    what that needs is missing."""
     optimizer, scaler = common.make_optimizer(config, model, device)
     if config.fsdp and config.optimizer == "adamw8bit":
         raise UserError("--optimizer adamw8bit does not go with --fsdp; take adamw")
@@ -608,6 +608,10 @@ def make_optimizer(config, model, device):
             if config.optimizer == "auto":
                 return optimizer, scaler
             raise UserError("--optimizer adamw8bit needs a package that is not here: pip install torchao") from None
+        if device.type == "cpu" and not common.has_compiler():
+            raise UserError(
+                "--optimizer adamw8bit compiles its step; install a C++ compiler, such as g++, or take adamw"
+            )
         parameters, betas = optimizer.param_groups[0]["params"], (0.9, config.beta2)
         optimizer = AdamW8bit(parameters, config.lr, betas, weight_decay=config.weight_decay)
     return optimizer, scaler
@@ -700,7 +704,7 @@ class DrawConfig:
         choices=("", *common.SOLVERS, "ddim", "ancestral"),
     )
     eta: float = option(0.0, "ddim: fresh noise in its steps, 0 none, 1 as much as ancestral", low=0.0, high=1.0)
-    clamp: bool | None = option(None, "DDPM: keep the data that each step predicts within the range of all [yes]")
+    clamp: bool | None = option(None, "DDPM: keep the data that each step predicts in the training data's range [yes]")
     seed: int = option(0, "picture i starts from the noise of seed + i", low=0, high=2**62)
     batch_size: int = option(64, "pictures at a time", low=1)
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
@@ -726,9 +730,9 @@ def ddpm_sample(predict, x, options, fresh, limit=None, watch=None):
     """From noise x at timestep 999 to data. predict(x, t, abar) -> the noise in x; fresh() -> noise for one step;
     options tell steps, solver and eta. watch(x, part) sees every state and how far it has come, 0 to 1.
 
-    limit: the largest value that data take. At timestep 999 the data's part in x is 0.006, and so whatever a network
-    gets wrong about the noise is 160 times as wrong about the data: where that leads out of their range, it is led back
-    (in the code of Ho et al. 2020, and since).
+    limit: the largest value that data take, as far as training looked. At timestep 999 the data's part in x is 0.006,
+    and so whatever a network gets wrong about the noise is 160 times as wrong about the data: where that leads out of
+    their range, it is led back (in the code of Ho et al. 2020, and since).
     """
     table = torch.cat((signal(torch.device("cpu")), torch.ones(1)))  # so that number -1 is the data
     for t, t_next in itertools.pairwise([*timesteps(options.steps), -1]):
@@ -816,6 +820,8 @@ def load_model(path, options):
     file is broken, of another model, or learned something else than the options say."""
     weights, header = load_tensors(path)
     if header is None:
+        if options.predict and options.objective != "ddpm":
+            raise UserError(f"--predict {options.predict} goes with --objective ddpm; add it, or leave --predict out")
         first = weights.get("input_blocks.0.0.weight")
         channels = first.shape[1] if torch.is_tensor(first) and first.dim() == 4 else 32
         learned = {"objective": options.objective or "flow", "predict": options.predict or "eps", "vae": options.vae}
@@ -962,6 +968,8 @@ def distance_for(config, vae, header, options, device):
     """The Distance to the pictures that a run was trained on, or to all of config.data if that is something else. With
     a VAE the real pictures, too, have been through it."""
     data, _ = load_data(config)
+    if vae is not None and not common.is_same_network(common.fingerprint(vae), data.header["vae"]):
+        raise UserError(f"{config.data} holds latents of another VAE than --vae; encode the pictures with this one")
     unseen = set(header.get("left_out", ()))
     if header.get("data") != data.header["data"]:
         print(f"note: {config.data} is not what these weights were trained on; all of it counts", file=sys.stderr)
@@ -1042,7 +1050,8 @@ class Trained:
 
     def losses(self):
         rows = csv.DictReader((self.folder / "log.csv").read_text().splitlines())
-        return [(int(row["step"]), float(row["loss"])) for row in rows]
+        whole = [row for row in rows if None not in row.values()]  # a last line may have been cut short
+        return [(int(row["step"]), float(row["loss"])) for row in whole]
 
 
 MAY_DIFFER = "objective predict out minutes resume start device precision compile checkpoint_every".split()
@@ -1064,8 +1073,8 @@ def must_agree(runs):
 
 
 def given_runs(config):
-    """The runs that --flow and --ddpm name, by objective, and those of --finetuned. Raises UserError for whatever can
-    be wrong, before anything is trained."""
+    """The runs that --flow and --ddpm name, by objective, and those of --finetuned. Raises UserError where they do not
+    go together, before anything is trained."""
     if config.inception:
         load_inception(config.inception)
     if config.objective != "flow":
@@ -1084,6 +1093,12 @@ def given_runs(config):
         raise UserError("--finetuned takes one run of each objective; leave one out")
     if adapting:
         must_agree(adapting)
+    if len(runs) == 1:  # the other will be trained on what is there now
+        (run,) = runs.values()
+        if load_data(run.config)[0].header["data"] != run.header["data"]:
+            raise UserError(f"{run.config.data} is not what {run.folder} was trained on; bring its pictures back")
+    elif runs:
+        must_agree(list(runs.values()))
     return runs, adapting
 
 
@@ -1103,7 +1118,7 @@ def compare_command(config):
         folder = out / name
         begun = (folder / "state.safetensors").exists()
         own = dict(objective=name, out=str(folder), resume=begun, device=config.device, vae=config.vae or settings.vae)
-        own["predict"] = config.predict if name == "ddpm" else "eps"
+        own |= dict(predict=config.predict if name == "ddpm" else "eps", fsdp=False)
         code = train(dataclasses.replace(settings, **budget | own))
         if code:
             return code
@@ -1182,7 +1197,7 @@ def write_report(out, runs, distance, charts):
         tables="".join(chart.table() for chart in charts),
         picture=base64.b64encode((out / "compare.png").read_bytes()).decode(),
     )
-    common.save_atomically(out / "index.html", lambda part: part.write_text(page))
+    common.save_text(out / "index.html", page)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -1194,7 +1209,12 @@ VERBS = {
     "evaluate": (evaluate_command, EvaluateConfig, None, "distance of samples from the training set"),
     "compare": (compare_command, CompareConfig, PRESETS, "both objectives side by side, e.g. compare --minutes 20"),
     "encode": (encode_command, EncodeConfig, None, "a folder's latents, once, e.g. encode --data DIR --vae FILE"),
-    "export": (common.export("unet_ddpm"), common.ExportConfig, None, "halve a checkpoint, to give it away"),
+    "export": (
+        common.export("unet_ddpm"),
+        common.ExportConfig,
+        None,
+        "halve a checkpoint, e.g. export --out mine.safetensors",
+    ),
 }
 
 

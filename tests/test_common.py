@@ -39,14 +39,16 @@ def test_timestep_embedding_stays_exact_under_autocast():
 def test_rope_turns_each_pair_by_its_row_or_column():
     """Against complex multiplication, one token and one pair at a time: a dropped or swapped axis fails."""
     x = torch.randn(1, 6, 8)
-    ours = common.apply_rope(x, common.rope_2d(torch.arange(3, 5), torch.arange(1, 4), 8))
+    apart = common.unpair(x.transpose(0, -1), 8).transpose(0, -1)
+    assert apart[0, 0].tolist() == x[0, 0, [0, 2, 4, 6, 1, 3, 5, 7]].tolist()
+    ours = common.apply_rope(apart, common.rope_2d(torch.arange(3, 5), torch.arange(1, 4), 8))
     for n, (row, column) in enumerate((r, c) for r in (3, 4) for c in (1, 2, 3)):
         for pair in range(4):
             position = row if pair < 2 else column
             angle = position * 10_000 ** (-(pair % 2) / 2)
             turned = complex(*x[0, n, 2 * pair : 2 * pair + 2].tolist()) * complex(math.cos(angle), math.sin(angle))
-            assert ours[0, n, 2 * pair].item() == pytest.approx(turned.real, abs=1e-5)
-            assert ours[0, n, 2 * pair + 1].item() == pytest.approx(turned.imag, abs=1e-5)
+            assert ours[0, n, pair].item() == pytest.approx(turned.real, abs=1e-5)
+            assert ours[0, n, pair + 4].item() == pytest.approx(turned.imag, abs=1e-5)
 
 
 @pytest.mark.parametrize("shift", [(5, 0), (0, 5), (7, 3)])

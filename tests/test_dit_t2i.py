@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -590,14 +591,15 @@ def test_training_never_shows_the_colours_that_are_held_out(emoji):
 def test_colours_and_things_of_true_pictures_are_recognised(emoji):
     data = emoji
     index = [i for i, (_, colour) in enumerate(data.pairs) if colour in dit_t2i.HUES]
-    x, captions = data.batch(index, common.Draw(len(index), 0))
+    x, captions = data.batch(index, common.Draw(len(index), 0))  # some of them mirrored
     on_white = [k for k, caption in enumerate(captions) if "background" not in caption]
     rgb = (x[on_white] + 1) / 2
     colours = [data.pairs[index[k]][1] for k in on_white]
     things = [data.names[data.pairs[index[k]][0]] for k in on_white]
     assert len(rgb) > 5 and dit_t2i.colour_seen(rgb) == colours and dit_t2i.things_seen(rgb, data) == things
     # ... and the measures can say no.
-    assert dit_t2i.colour_seen(rgb.flip(1)) != colours and dit_t2i.things_seen(rgb.flip(3), data) != things
+    assert dit_t2i.colour_seen(torch.full((1, 3, 8, 8), 0.5)) == [None]
+    assert dit_t2i.colour_seen(rgb.flip(1)) != colours and dit_t2i.things_seen(rgb.flip(2), data) != things
 
 
 def test_captions_of_emoji_tell_the_truth(emoji):
@@ -823,6 +825,7 @@ def test_run_begins_with_other_weights_and_teaches_them_new_words(train, caption
     first.unlink()  # a run that goes on has all it needs, and need not be told again
     train(tmp_path / "second", steps=2, lr=1e-30, start="gone", resume=True)
     train(tmp_path / "second", steps=3, lr=1e-30, resume=True)
+    train(tmp_path / "second", steps=4, lr=1e-30, start="gone", resume=True)
     assert common.load_tensors(second)[1]["text"] == after["text"]
     train(tmp_path / "third", steps=1)
     with pytest.raises(UserError, match="did not begin with other weights"):
@@ -959,12 +962,16 @@ def test_sample_draws_a_row_for_each_prompt(weights, tmp_path, monkeypatch, caps
         (["train", "--vae", "x"], "--vae goes with shards"),
         (["sample", "the"], "no word of 'the' is known"),
         (["sample", "red", "--negative", "blue", "--cfg", "1"], "--cfg 1 is no guidance"),
+        (["sample", "red", "--negative", "blue", "--cfg", "0.5"], "--cfg 0.5 is no guidance"),
+        (["train", "--flip", "0.5"], "--flip 0.5 is for your own pictures"),
+        (["train", "--data", "captioned", "--stream", "x.jsonl"], "--data and --stream are two sources"),
         (["sample", "red", "--tile", "32"], "--tile 32 should be an even number of a VAE's cells"),
         (["sample", "red", "--vae", "x"], "--vae: these weights were trained without one"),
         (["sample", "red", "--clip", "x"], "--clip: these weights were trained without one"),
         (["sample", "red", "--out", "drawn"], "drawn: name a picture file that can be written"),
         (["train", "--data", "captioned", "--clip", "x"], "--clip goes with --encoder clip, or with shards"),
         (["train", "--data", "captioned", "--encoder", "clip"], "name CLIP's files with --clip"),
+        (["train", "--data", "captioned", "--min-side", "8"], "without --stream; name one, or keep to --min-side 0"),
         (["train", "--data", "cut"], "no readable shard"),
         (["prepare", "--data", "captioned"], "prepare needs"),
     ],
@@ -1048,7 +1055,7 @@ def test_prepared_shards_hold_what_the_encoders_say(prepare, partners, captioned
     assert torch.equal(flipped, latents.flip(-1))
 
 
-def test_prepare_goes_on_after_a_kill_with_nothing_done_twice(prepare, monkeypatch, tmp_path):
+def test_prepare_goes_on_after_a_kill_with_nothing_done_twice(prepare, monkeypatch, tmp_path, capsys):
     saved = []
 
     def save(path, *arguments, honest=common.save_tensors):
@@ -1074,6 +1081,8 @@ def test_prepare_goes_on_after_a_kill_with_nothing_done_twice(prepare, monkeypat
     assert len(dit_t2i.ShardSet("shards")) == 29
     assert prepare() == 0 and sum(encoded) == 29 - 16  # a finished folder is left as it is
     assert prepare("--image-size", "24") == 2
+    shutil.copy("shards/shard_00001.safetensors", "shards/shard_00004.safetensors")  # as of a time with more pictures
+    assert prepare() == 2 and "shard_00004.safetensors was made from other pictures" in capsys.readouterr().err
 
 
 def test_prepare_looks_for_its_folder_before_it_encodes(prepare, tmp_path, monkeypatch, capsys):

@@ -98,7 +98,7 @@ def trained(tmp_path_factory):
     server = Server()
     rows = [{"url": f"{server.address}/good/{n}", "caption": f"picture {n}"} for n in range(60)]
     shards = write_shards(folder / "shards", rows, 7)
-    add("dit_t2i", "stream", 10, "--private-hosts", "--threads", "2", stream=shards)
+    add("dit_t2i", "stream", 10, "--private-hosts", "--threads", "2", stream=shards, data="drawn")
     (folder / "jobs.json").write_text(json.dumps(jobs))
     (folder / "trainings.py").write_text(TRAININGS)
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

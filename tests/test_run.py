@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -145,6 +146,29 @@ def test_compiler_does_not_use_up_the_warm_up(tiny_config, tmp_path, monkeypatch
     assert told == [(0.5, 0.0), (0.55, pytest.approx(0.1)), (0.75, 0.5), (1.0, 1.0)]
 
 
+def test_first_step_counts_in_the_budget_that_a_resumed_run_has(train, tmp_path, monkeypatch):
+    """Half a minute for the first step, of one minute; then the run gets ten, or steps, or less than that step took."""
+    seconds, told = [0.0], []
+
+    def due(self, honest=common.Run.due):
+        seconds[0] += 30.0
+        self.asked_to_stop = self.step % 2 == 0
+        pictures = honest(self)
+        told.append((self.progress, self.schedule))
+        return pictures
+
+    monkeypatch.setattr(common.time, "perf_counter", lambda: seconds[0])
+    monkeypatch.setattr(common.Run, "due", due)
+    run = tmp_path / "run"
+    assert train(run, minutes=1.0) == 130 and told == [(0.5, 0.0), (1.0, 1.0)]
+    assert train(run, minutes=10.0, resume=True) == 130
+    assert told[2:] == [(0.15, pytest.approx(0.1 / 0.95)), (0.2, pytest.approx(0.15 / 0.95))]
+    assert train(run, steps=100, resume=True) == 130 and told[4:] == [(0.05, 0.05), (0.06, 0.06)]
+    assert train(tmp_path / "brief", minutes=0.4) == 0 and told[6:] == [(1.0, 1.0)]
+    assert train(tmp_path / "brief", minutes=2.0, resume=True) == 130
+    assert told[7:] == [(0.5, pytest.approx(0.25 / 0.75))]
+
+
 def test_page_is_self_contained(train, tmp_path):
     train(tmp_path / "run", steps=10)
     page = (tmp_path / "run" / "index.html").read_text()
@@ -159,6 +183,17 @@ def test_page_is_self_contained(train, tmp_path):
     Reader().feed(page)
     assert used.count("svg") == 2 and used.count("img") == 6 and "script" not in used and "link" not in used
     assert "--steps 20 --resume" in page and "hidden_size" in page  # its ten steps are used up
+    shutil.copy(
+        tmp_path / "run" / "samples" / "step_000010.png", tmp_path / "run" / "samples" / "step_000010 (copy).png"
+    )
+    train(tmp_path / "run", steps=12, resume=True)  # which passes over the copy
+
+
+def test_what_a_run_drew_is_nothing_to_learn_from(train, folder):
+    """A run folder within the folder of pictures: resuming finds the same pictures as before."""
+    paths = common.picture_paths(folder)
+    assert train(folder / "run", steps=4) == 0 and list((folder / "run" / "samples").glob("*.png"))
+    assert train(folder / "run", steps=6, resume=True) == 0 and common.picture_paths(folder) == paths
 
 
 def test_page_of_an_interrupted_run_goes_on_with_the_same_budget(train, tmp_path, monkeypatch):
@@ -299,7 +334,9 @@ def test_full_disk_spares_the_last_checkpoint(folder, command, tmp_path):
         (["train", "--patch-size", "7"], "--patch-size 7 does not divide --image-size 80"),
         (["train", "--lr", "-1"], "--lr -1.0: must be at least 0"),
         (["train", "--lr", "nan"], "--lr nan: must be at least 0"),
-        (["train", "--time-mean", "nan"], "--time-mean nan: must be a number"),
+        (["train", "--time-mean", "nan"], "--time-mean nan: must be a finite number"),
+        (["train", "--minutes", "inf"], "--minutes inf: must be a finite number"),
+        (["train", "--out", "w.pth"], "cannot make w.pth"),
         (["train", "--lab-noise", "0.5"], "--lab-noise 0.5: give three numbers, for L*, a* and b*"),
         (["train", "--num-classes", "3"], "--num-classes 3: no data here has labels"),
         (["train", "--lr", "fast"], "argument --lr: invalid float value: 'fast'"),

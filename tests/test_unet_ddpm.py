@@ -1,10 +1,12 @@
 """unet_ddpm.py against golden files, diffusers' schedulers, closed forms and naive versions."""
 
+import dataclasses
 import itertools
 import json
 import re
 import shutil
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -637,11 +639,17 @@ def test_latents_are_encoded_once_and_trained_on(train, tagged, tmp_path, monkey
     assert told(*sampling, "--each", "each", "--gif", "way.gif") == (0, "")
     assert Image.open("samples/unet_ddpm.png").size == (64, 32) and len(list((tmp_path / "each").iterdir())) == 2
     assert Image.open("way.gif").n_frames == 3
+    measure = ["evaluate", "--weights", "one/model.safetensors", "--steps", 2]
+    assert (
+        told("encode", "--data", tagged, "--image-size", 32, "--vae", "other.safetensors", "--out", "foreign")[0] == 0
+    )
+    code, errors = told(*measure, "--data", "foreign")
+    assert code == 2 and "holds latents of another VAE" in errors
     # Encoding again into the same place must be the same encoding.
     again = ["encode", "--data", tagged, "--image-size", 32, "--out", shards]
     code, errors = told(*again, "--vae", "other.safetensors")
     assert code == 2 and "other pictures or settings" in errors
-    assert told(*again, "--vae", "vae.safetensors")[0] == 0 and sum(encoded) == 48
+    assert told(*again, "--vae", "vae.safetensors")[0] == 0 and sum(encoded) == 72
     lines = (tagged / "metadata.jsonl").read_text().replace('"rare"', '"common"')
     (tagged / "metadata.jsonl").write_text(lines)
     code, errors = told(*again, "--vae", "vae.safetensors")
@@ -661,6 +669,8 @@ def test_published_checkpoint_loads_without_its_pickle(tmp_path):
     torch.save(weights, tmp_path / "model_ema.pt")
     model, _, header = unet_ddpm.load_model(tmp_path / "model_ema.pt", CPU)
     assert sum(p.numel() for p in model.parameters()) == 281_730_336 and header["latent"] == [32, 32]
+    with pytest.raises(UserError, match="--predict v goes with --objective ddpm"):
+        unet_ddpm.load_model(tmp_path / "model_ema.pt", dataclasses.replace(CPU, predict="v"))
     torch.save({"input_blocks.0.0.weight": torch.zeros(1), "note": "by its author"}, tmp_path / "model_ema.pt")
     with pytest.raises(UserError, match="holds more than weights \\(note\\)"):
         unet_ddpm.load_model(tmp_path / "model_ema.pt", CPU)
@@ -695,6 +705,8 @@ def test_compare_writes_its_page_and_takes_runs_that_are_there(train, tagged, tm
     assert ddpm[1] == away and f"<td>{floor}</td>" in page
 
     given = ["--flow", str(folder / "flow"), "--ddpm", str(folder / "ddpm")]
+    with open(folder / "flow" / "log.csv", "a") as log:
+        log.write("5,1.0,")  # as a full disk may leave it
     assert compare(*given, "--out", "second")[0] == 0
     tables = [re.findall("<table>.*</table>", text) for text in (page, (tmp_path / "second/index.html").read_text())]
     assert tables[0] == tables[1]
@@ -707,6 +719,14 @@ def test_compare_writes_its_page_and_takes_runs_that_are_there(train, tagged, tm
     train("apart", steps=1, stage="exclude", exclude_tags=("rare",), objective="ddpm")
     code, errors = compare("--flow", given[1], "--ddpm", "apart", "--out", "fourth")
     assert code == 2 and "different left-out pictures" in errors
+    shutil.copytree(tagged, tmp_path / "more")
+    shutil.copy(tagged / "00.png", tmp_path / "more" / "99.png")
+    header = header_of(folder / "flow")
+    tensors, _ = common.load_tensors(folder / "flow" / "model.safetensors")
+    header["config"]["data"] = "more"
+    common.save_tensors(tmp_path / "moved" / "model.safetensors", tensors, header)
+    code, errors = compare("--flow", "moved", "--out", "fourth")
+    assert code == 2 and "more is not what moved was trained on" in errors and not (tmp_path / "fourth").exists()
     train("short", steps=1, objective="ddpm")
     assert "leave --objective out" in compare("--objective", "ddpm", "--out", "fourth")[1]
     assert "by --finetuned" in compare("--stage", "finetune", "--from", "apart", "--out", "fourth")[1]
@@ -758,6 +778,19 @@ def test_moments_of_eight_bits_come_back_as_they_were(tmp_path):
     again = common.pack_state(models[1], ema, *optimizers[1])
     assert any(name.endswith("codes") for name in state) and state.keys() == again.keys()
     assert all(torch.equal(state[name], again[name]) for name in state)
+
+
+def test_eight_bits_without_a_compiler_say_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.optim", types.SimpleNamespace(AdamW8bit=None))
+    monkeypatch.setattr(common.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="install a C\\+\\+ compiler"):
+        unet_ddpm.make_optimizer(Config(optimizer="adamw8bit"), torch.nn.Linear(2, 2), torch.device("cpu"))
+
+
+def test_a_name_that_is_not_utf8_is_a_name():
+    names = ["caf\udce9.png", "b.png"]  # as Linux hands over a Latin-1 name
+    one, other = (unet_ddpm.Pixels(torch.zeros(2, 3, 4, 4), order, [[], []], 2, 0.0) for order in (names, names[::-1]))
+    assert one.header != other.header
 
 
 def test_eight_bits_without_their_package_name_it(monkeypatch):

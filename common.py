@@ -326,6 +326,11 @@ def flag_of(field):
     return field.metadata["flag"] or "--" + field.name.replace("_", "-")
 
 
+def flag_named(config, name):
+    """What sets the field `name` of a config on the command line."""
+    return next(flag_of(field) for field in dataclasses.fields(config) if field.name == name)
+
+
 def check_config(config):
     """Raise UserError for a value out of its range, naming the option."""
     for field in dataclasses.fields(config):
@@ -573,7 +578,8 @@ def set_up(config):
         raise UserError("--fsdp shards over processes; start them with torchrun --nproc-per-node N FILE.py train ...")
     passes = config.grad_accum * (int(os.environ["WORLD_SIZE"]) if launched else 1)
     if config.batch_size % passes:
-        raise UserError(f"a batch of {config.batch_size} is no multiple of {passes}, --grad-accum times processes")
+        batch = f"{flag_named(config, 'batch_size')} {config.batch_size}"
+        raise UserError(f"{batch} is no multiple of {passes}, --grad-accum times processes")
     device = pick_device(config.device)
     if launched:
         device = place_of_process(device)
@@ -1943,7 +1949,7 @@ class Run:
             start = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
         for budget in ("minutes", "epochs", "steps"):
             if self.progress >= 1 and sys.argv[1:2] != ["compare"] and (value := getattr(self.config, budget, None)):
-                more += [f"--{budget}", str(2 * value)]
+                more += [flag_named(self.config, budget), str(2 * value)]
         return shlex.join([*start, *[word for word in sys.argv if word != "--resume"], *more, "--resume"])
 
     # -- the clock --
@@ -2028,7 +2034,8 @@ class Run:
         loss = costs.mean().item()
         if not (math.isfinite(loss) and gradient_is_finite):
             what = f"loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
-            raise UserError(f"{what} at step {self.step + 1}; {self.last_good()}; try a lower --lr or --precision fp32")
+            advice = f"try a lower {flag_named(self.config, 'lr')} or --precision fp32"
+            raise UserError(f"{what} at step {self.step + 1}; {self.last_good()}; {advice}")
         self.step += 1
         self.images += len(costs)
         self.window.append((costs.float().cpu(), times.cpu(), loss, float(grad_norm), lr))

@@ -10,7 +10,8 @@ NOISE, as in the write-up: z_t = (1 - t) data + t noise, and the network's veloc
     python dit_t2i.py prepare --data DIR --out SHARDS --vae VAE --clip CLIP
     python dit_t2i.py train --preset paper --data SHARDS       the write-up's 258M parameters
     python dit_t2i.py train --arch joint                       the architecture of another write-up, "re-diffusion"
-    torchrun --nproc-per-node 8 dit_t2i.py train --arch joint --stream 'shards/*.jsonl' --steps 100000   at its scale
+    torchrun --nproc-per-node 8 dit_t2i.py train --preset paper --arch joint --stream 'shards/*.jsonl' --steps 100000 \
+        --clip CLIP --vae VAE                                  ... at its scale
 
 Beside the write-up, read first msrope, JointAttention, DualStreamLayer and DiT, then flow_loss and guided, then train
 and sample. The picture books at the beginning, emoji and drawn scenes, are there to learn from without a download.

@@ -61,6 +61,7 @@ MARGIN = 8  # pixels around the tile to which a local decoder may smear
 class VAEConfig(common.TrainConfig):
     """What the presets of the VAE, the first of two stages, have in common; VAE_PRESETS holds what each changes."""
 
+    out: str = option("", f"run folder (default: {RUN}-vae)")
     # Data
     image_size: int = option(80, "side of the pictures in pixels, a multiple of 8", low=16)
     flip: float = option(0.0, "how often a picture is mirrored", low=0.0, high=1.0)
@@ -79,10 +80,15 @@ class VAEConfig(common.TrainConfig):
 
 @dataclasses.dataclass
 class Config(VAEConfig):
-    """The demo's values for both stages. --minutes, --steps, --batch-size and --lr are the denoiser's; the VAE's, which
-    comes first, begin with vae."""
+    """The demo's values for both stages. --minutes, --steps, --batch-size, --lr and --grad-accum are the denoiser's;
+    those of the VAE, which comes first, begin with vae."""
 
-    vae: str = option("", "run folder or checkpoint whose VAE is used (default: --out with -vae behind, trained first)")
+    out: str = option("", f"run folder (default: {RUN})")
+    vae: str = option(
+        "",
+        "run folder or checkpoint whose VAE is used, with its own sizes (default: --out with -vae behind, trained "
+        "first as the VAE's options say, which else do nothing)",
+    )
     vae_minutes: float | None = option(None, "minutes of training the VAE", low=0.01)
     vae_steps: int | None = option(None, "optimizer steps of training the VAE", low=1)
     vae_batch_size: int = option(8, "pictures per optimizer step of the VAE", low=1)
@@ -92,6 +98,16 @@ class Config(VAEConfig):
     multipliers: tuple[int, ...] = option((1, 2), "width of each resolution, in --width", low=1)
     depth: int = option(2, "blocks of the denoiser at each resolution, down and up", low=1)
     levels: int = option(1001, "N: noise levels, of which 0 is the clean latent", low=3, high=5000)
+
+
+@dataclasses.dataclass
+class FirstStage(VAEConfig):
+    """The VAE's values within train, which has other names for four of them."""
+
+    minutes: float | None = option(None, "", low=0.01, flag="--vae-minutes")
+    steps: int | None = option(None, "", low=1, flag="--vae-steps")
+    batch_size: int = option(8, "", low=1, flag="--vae-batch-size")
+    lr: float = option(2e-3, "", low=0.0, flag="--vae-lr")
 
 
 # The write-up names batch 32, mixed precision, "over 10,000 iterations" and 5 GB of GPU memory; sizes are ours.
@@ -275,7 +291,9 @@ DIRECTIONS += tuple(f"{name} reversed" for name in DIRECTIONS)
 def serpentine_order(height, width, direction):
     """A permutation of range(height * width), cells numbered row by row: the path that snakes through the map, back and
     forth, so that cells which follow each other touch, if only at a corner where paths are diagonal. direction: one of
-    DIRECTIONS."""
+    DIRECTIONS. Raises ValueError if it is none."""
+    if direction not in DIRECTIONS:
+        raise ValueError(f"{direction!r} is none of {', '.join(DIRECTIONS)}")
     place = torch.arange(height * width).view(height, width)
     base = direction.removesuffix(" reversed")
     if base == "rows":
@@ -530,7 +548,7 @@ def train_vae(config):
     device, precision = common.set_up(config)
     run = Run(dataclasses.replace(config, out=config.out or f"{RUN}-vae"), "serpentine_vae")
     pictures, held_out, names, skipped = load_data(config)
-    run.header = {"pictures": checksum(pictures), "held_out": names}
+    run.header = {"pictures": [len(pictures), common.checksum(pictures)], "held_out": names}
     run.tell_skipped(skipped)
 
     torch.manual_seed(config.seed)
@@ -582,10 +600,6 @@ def blocks(model):
     return [module for module in model.modules() if isinstance(module, VAEBlock | Block)]
 
 
-def checksum(pictures):
-    return [len(pictures), int(pictures.sum(dtype=torch.int64))]
-
-
 @torch.no_grad()
 def measure_latents(vae, pictures):
     """Set the VAE's `mean` and `std` to those of each latent channel over 300 pictures of the training set."""
@@ -628,15 +642,16 @@ def vae_folder(config):
     return Path(f"{Path(config.out or RUN)}-vae")
 
 
-def first_stage(config):
-    """(VAE, header) that the denoiser's latents come from: what --vae names, or what lies in the folder beside --out,
-    where it is trained unless that is done. None: training was interrupted. Raises UserError."""
-    path = Path(config.vae or vae_folder(config))
-    if not config.vae:
+def first_stage(config, begun):
+    """(VAE, header) that the denoiser's latents come from: what --vae names; else, where the denoiser has begun, that
+    in its own checkpoint; else what lies in the folder beside --out, where it is trained unless that is done. None:
+    training was interrupted. Raises UserError."""
+    path = Path(config.vae or (config.out or RUN if begun else vae_folder(config)))
+    if not config.vae and not begun:
         own = {field.name: getattr(config, field.name) for field in dataclasses.fields(VAEConfig)}
         own |= {name: getattr(config, f"vae_{name}") for name in ("minutes", "steps", "batch_size", "lr")}
-        begun = (path / "state.safetensors").exists()
-        if train_vae(VAEConfig(**own | {"out": str(path), "resume": begun, "grad_accum": 1})):
+        resume = (path / "state.safetensors").exists()
+        if train_vae(FirstStage(**own | {"out": str(path), "resume": resume, "grad_accum": 1})):
             return None
     vae, _, header = read_checkpoint(path / "model.safetensors" if path.is_dir() else path)
     return vae, header
@@ -650,10 +665,10 @@ def train(config):
     begun = [(folder / "state.safetensors").exists() for folder in (Path(config.out or RUN), vae_folder(config))]
     if config.resume and not config.vae and begun == [False, True]:  # what is to be resumed is the first stage
         config = dataclasses.replace(config, resume=False)
-    Run(config, "serpentine_vae")  # a folder that will not do should say so before the first stage
+    run = Run(config, "serpentine_vae")  # a folder that will not do should say so before the first stage
     if alphas_bar(config.levels)[-1] > 0.01:
         print(f"warning: {config.levels} levels do not end in noise, where sampling begins; take 1001", file=sys.stderr)
-    first = first_stage(config)
+    first = first_stage(config, run.resume)
     if first is None:
         return 130
     vae, told = first
@@ -661,12 +676,12 @@ def train(config):
     config = dataclasses.replace(config, **sizes)
     run = Run(config, "serpentine_vae")
     pictures, _, names, skipped = load_data(config, told["held_out"])
-    run.tell_skipped(skipped)
     vae.to(device).requires_grad_(False)
     ways = [pictures, pictures.flip(-1)] if config.flip else [pictures]
     latents = [[vae.normalise(encode(vae, x / 127.5 - 1).to(device)).cpu() for x in way.split(50)] for way in ways]
     latents = [torch.cat(parts) for parts in latents]  # (N, C, S/8, S/8), all in memory: smaller than the pictures
-    run.header = {"pictures": checksum(pictures), "held_out": names, "vae": common.fingerprint(vae)}
+    run.header = {"pictures": [len(pictures), common.checksum(pictures)], "held_out": names}
+    run.header["vae"] = common.fingerprint(vae)
 
     torch.manual_seed(config.seed)
     model = Denoiser(config.channels, config.width, config.multipliers, config.depth)
@@ -677,6 +692,7 @@ def train(config):
         run.load(model, System(vae, ema), optimizer, scaler)
     run.header["range"] = latents[0].abs().max().item()
     compile_blocks(config, model, device)
+    run.tell_skipped(skipped)
     print(run.banner(model, device, precision, f"denoiser on the latents of {len(pictures):,} pictures"))
 
     with run.clock():
@@ -1112,7 +1128,9 @@ def leakage_command(options):
         vaes["published"] = common.load_vae(options.published)
         side = max(side // 16, 1) * 16  # FLUX.2's wants multiples of 16
     if options.data:
-        x = common.load_pictures(options.data, side)[0][: options.num] / 127.5 - 1
+        pictures, _, skipped = common.load_pictures(options.data, side)
+        common.tell_skipped(skipped)
+        x = pictures[: options.num] / 127.5 - 1
     else:
         drawn = [np.asarray(common.draw_face(1_000_000 + i, side)[0]) for i in range(options.num)]
         x = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2) / 127.5 - 1
@@ -1204,6 +1222,10 @@ def seams_command(options):
     settings = {field.name: getattr(options, field.name) for field in dataclasses.fields(DrawConfig)}
     print(f"steps across the border, {len(x)} {what}; 1 is what the originals have at the same place")
     for case, keep in (("face made", face_mask(size)), ("background made", 1 - face_mask(size))):
+        real = x / 2 + 0.5
+        usual = seam(real, keep)
+        if not usual:
+            raise UserError(f"these {what} are flat along the border, with no step to compare with; name others")
         for clamp in ("noised", "mean"):
             made = []
             for first in range(0, len(x), options.batch_size):
@@ -1211,8 +1233,8 @@ def seams_command(options):
                 own = settings | {"num": len(part), "seed": options.seed + first}
                 own |= {"clamp": clamp, "repeat": options.repeat}
                 made.append(inpaint(vae, denoiser, InpaintConfig(**own), header, part, keep)[-1])
-            made, real = torch.cat(made), x / 2 + 0.5
-            ratios = [seam(rgb, keep) / seam(real, keep) for rgb in (made, torch.where(keep > 0, real, made))]
+            made = torch.cat(made)
+            ratios = [seam(rgb, keep) / usual for rgb in (made, torch.where(keep > 0, real, made))]
             print(f"{case}, --clamp {clamp}: {ratios[0]:.2f}, with --composite {ratios[1]:.2f}")
 
 
@@ -1250,7 +1272,7 @@ def schedule_command(options):
     }
     chart = Chart("Parts of signal and noise in x_t, and beta, by step t", curves).draw()
     strip = common.make_grid(common.to_uint8(decode(vae, noised)), 8)
-    height = round(strip.height * chart.width / strip.width)
+    height = max(1, round(strip.height * chart.width / strip.width))
     sheet = Image.new("RGB", (chart.width, height + 20 + chart.height), "white")
     sheet.paste(strip.resize((chart.width, height), Image.Resampling.LANCZOS))
     for i, t in enumerate(shown):

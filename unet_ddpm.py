@@ -1,8 +1,8 @@
 """Flow matching against DDPM: one ADM U-Net, the same pictures, noise and budget, two ways to learn.
 
 The system of the write-up "Toy-Diffusion", from data to comparison in this one file. Flow matching: t = 0 is NOISE and
-t = 1 is DATA, as in the write-up's code. DDPM: timestep 0 is all but data and timestep 999 is all but noise. The
-network is told 999 t of the one and the timestep of the other: the same range, the opposite way round.
+t = 1 is DATA, as in the write-up's code. DDPM: timestep 0 is nearly pure data and timestep 999 nearly pure noise.
+The network is told 999 t of the one and the timestep of the other: the same range, the opposite way round.
 
     python unet_ddpm.py train                                  flow matching: ten minutes on two CPU cores, drawn faces
     python unet_ddpm.py train --objective ddpm --out runs/ddpm        the same network, data and noise, learned as DDPM

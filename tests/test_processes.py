@@ -255,7 +255,7 @@ def children(pid):
 
 def test_mistake_ends_the_job_with_its_reason(captioned, launch, tmp_path):
     _, err = ended(launch(*flat(words_of("jit_lab", captioned, "run", 5, batch_size=9)), processes=2), 1)
-    assert "error: a batch of 9 is no multiple of 2, --grad-accum times processes" in err
+    assert "error: --batch-size 9 is no multiple of 2, --grad-accum times processes" in err
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("dear")
     words = flat(words_of("jit_lab", captioned, "full", 5))

@@ -246,7 +246,7 @@ def test_what_cannot_go_on_is_refused(train, tmp_path, monkeypatch):
         train(tmp_path / "new")
     with pytest.raises(UserError, match="does not divide --image-size"):
         train(tmp_path / "new", steps=4, patch_size=5)
-    with pytest.raises(UserError, match="a batch of 8 is no multiple of 3"):
+    with pytest.raises(UserError, match="--batch-size 8 is no multiple of 3"):
         train(tmp_path / "new", steps=4, grad_accum=3)
     assert not (tmp_path / "new").exists()
     assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*.safetensors")}

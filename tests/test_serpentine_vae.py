@@ -765,7 +765,21 @@ def test_a_run_cannot_go_on_with_another_vae(trained, pictures, tmp_path):
     tensors["vae.decoder.0.weight"] = tensors["vae.decoder.0.weight"] + 1
     common.save_tensors(tmp_path / "run-vae" / "model.safetensors", tensors, header)
     with pytest.raises(UserError, match="began with another vae"):
-        serpentine.train(Config(**SMALL | dict(data=str(pictures), out=f"{tmp_path}/run", resume=True, steps=8)))
+        own = dict(data=str(pictures), out=f"{tmp_path}/run", vae=f"{tmp_path}/run-vae", resume=True, steps=8)
+        serpentine.train(Config(**SMALL | own))
+
+
+def test_a_denoiser_that_has_begun_goes_on_with_its_own_vae(trained, pictures, tmp_path):
+    """Neither is another trained where the VAE's folder has gone, nor that trained on where its budget has grown."""
+    shutil.copytree(trained, tmp_path / "run")
+    before = serpentine.load(trained / "model.safetensors")[0].state_dict()
+    own = dict(data=str(pictures), out=f"{tmp_path}/run", resume=True, vae_steps=50)
+    assert serpentine.train(Config(**SMALL | own | dict(steps=9))) == 0 and not (tmp_path / "run-vae").exists()
+    shutil.copytree(trained.parent / "tiny-vae", tmp_path / "run-vae")
+    assert serpentine.train(Config(**SMALL | own | dict(steps=10))) == 0
+    assert common.load_tensors(tmp_path / "run-vae" / "model.safetensors")[1]["step"] < 50
+    after = serpentine.load(tmp_path / "run" / "model.safetensors")[0].state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 def test_training_learns(pictures, tmp_path):

@@ -10,7 +10,7 @@ NOISE, as in the write-up: z_t = (1 - t) data + t noise, and the network's veloc
     python dit_t2i.py prepare --data DIR --out SHARDS --vae VAE --clip CLIP
     python dit_t2i.py train --preset paper --data SHARDS       the write-up's 258M parameters
     python dit_t2i.py train --arch joint                       the architecture of another write-up, "re-diffusion"
-    torchrun --nproc-per-node 8 dit_t2i.py train --preset paper --arch joint --stream 'shards/*.jsonl' --steps 100000 \
+    torchrun --nproc-per-node 8 dit_t2i.py train --preset paper --arch joint --stream 'shards/*.jsonl' --steps 100000 \\
         --clip CLIP --vae VAE                                  ... at its scale
 
 Beside the write-up, read first msrope, JointAttention, DualStreamLayer and DiT, then flow_loss and guided, then train
@@ -846,11 +846,13 @@ class Fetcher:
             try:
                 return self.follow(url, time.monotonic() + self.timeout)
             except Refused as problem:
-                pause = BACK_OFF * 2**attempt * random.uniform(0.5, 1.5) if problem.pause is None else problem.pause
+                pause = min(MAX_PAUSE, BACK_OFF * 2**attempt * random.uniform(0.5, 1.5))
+                pause = pause if problem.pause is None else problem.pause  # a server's word counts for more
                 over = attempt == self.retries or pause > MAX_PAUSE or self.stopped.is_set()
                 if over or not problem.passing:
                     raise
-            self.stopped.wait(pause)
+            if self.stopped.wait(pause):
+                raise Refused("too slow", passing=True)
 
     def follow(self, url, deadline):
         """One try, to the end of all redirects, each of which must keep to what is allowed."""
@@ -908,6 +910,7 @@ class Fetcher:
             # No proxy is asked: it would resolve names elsewhere.
             connection.sock = self.connect(parts.hostname, connection.port, deadline)
             if secure:
+                connection.sock.settimeout(max(0.001, deadline - time.monotonic()))  # for all of the handshake
                 connection.sock = self.trusted.wrap_socket(connection.sock, server_hostname=parts.hostname)
             connection.request(
                 "GET", urllib.parse.quote(target, safe=string.punctuation), headers={"User-Agent": AGENT}
@@ -1094,12 +1097,14 @@ def understand(row):
             return min(float(row[name]) for name in names)
 
     url, caption, picture = row.get("url", ""), row.get("caption", row.get("text")), row.get("picture")
+    picture = picture if isinstance(picture, bytes) else None  # others mean other things by the word
     try:
         (url + caption).encode()  # text, and such as can be written down
-        line = Line(url.strip(), split_address(url.strip()).hostname or "", caption.strip(), picture)
+        caption = caption.strip()[:4000]  # far more than any encoder reads
+        line = Line(url.strip(), split_address(url.strip()).hostname or "", caption, picture)
     except (ValueError, TypeError, AttributeError, Refused):
         raise Refused("broken line") from None
-    if not line.caption or not (line.url or isinstance(picture, bytes)):
+    if not line.caption or not (line.url or picture):
         raise Refused("broken line")
     line.score = number("aesthetic_score" if "aesthetic_score" in row else "aesthetic")
     line.side = number("width", "height") if {"width", "height"} <= row.keys() else None
@@ -1149,6 +1154,7 @@ class Stream:
 
     def __enter__(self):
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # smaller ones are refused
+        Image.init()  # Pillow's formats, before threads would meet in loading them
         self.pool = concurrent.futures.ThreadPoolExecutor(self.config.threads)
         if self.config.cache_gb:
             memory = Path("/dev/shm") if os.path.isdir("/dev/shm") else Path(tempfile.gettempdir())
@@ -1160,9 +1166,11 @@ class Stream:
 
     def __exit__(self, *problem):
         self.fetch.stopped.set()
-        self.pool.shutdown(wait=True, cancel_futures=True)
-        if self.cache:
-            self.cache.clear()
+        try:
+            self.pool.shutdown(wait=True, cancel_futures=True)
+        finally:  # even if somebody has no patience with the last fetches
+            if self.cache:
+                self.cache.clear()
 
     # -- which lines --
 
@@ -1261,7 +1269,8 @@ class Stream:
         oldest = next(iter(self.pending))[0] if self.pending else self.next[0]
         if oldest > self.good_turn + 1:
             what = ", ".join(f"{count:,} {kind}" for kind, count in self.counts.most_common(4))
-            raise UserError(f"a whole pass over {self.config.stream} gave no picture: {what}")
+            share = f" (for process {self.rank + 1} of {self.world})" if self.world > 1 else ""
+            raise UserError(f"a whole pass over {self.config.stream} gave no picture{share}: {what}")
 
     def sample(self):
         """The next picture that is there, in whatever order: (its line's place, (S, S, 3) uint8, its caption)."""
@@ -1395,7 +1404,8 @@ class ClipTokenizer:
 
     def __init__(self, path):
         file = self.find(Path(path))
-        self.symbols, self.cache = byte_symbols(), {}
+        self.symbols = byte_symbols()
+        self.word_ids = functools.lru_cache(100_000)(self.word_ids)  # the web has no end of words
         try:
             vocab, merges = self.read(file)
             if vocab is None:  # its order is known: bytes, bytes that end a word, merges, the two special tokens
@@ -1475,21 +1485,19 @@ class ClipTokenizer:
 
     def word_ids(self, word):
         """Byte-pair encoding: of all pairs of neighbours merge the one that was learned first, until none is known."""
-        if word not in self.cache:
-            symbols = [self.symbols[byte] for byte in word.encode("utf-8", "replace")]
-            symbols[-1] += "</w>"
-            while len(symbols) > 1:
-                pair = min(itertools.pairwise(symbols), key=lambda pair: self.ranks.get(pair, len(self.ranks)))
-                if pair not in self.ranks:
-                    break
-                i = 0
-                while i < len(symbols) - 1:
-                    if (symbols[i], symbols[i + 1]) == pair:
-                        symbols[i : i + 2] = ["".join(pair)]
-                    i += 1
-            # The published vocabulary knows every byte; in a smaller one the end token stands for the unknown.
-            self.cache[word] = [self.vocab.get(symbol, self.end) for symbol in symbols]
-        return self.cache[word]
+        symbols = [self.symbols[byte] for byte in word.encode("utf-8", "replace")]
+        symbols[-1] += "</w>"
+        while len(symbols) > 1:
+            pair = min(itertools.pairwise(symbols), key=lambda pair: self.ranks.get(pair, len(self.ranks)))
+            if pair not in self.ranks:
+                break
+            i = 0
+            while i < len(symbols) - 1:
+                if (symbols[i], symbols[i + 1]) == pair:
+                    symbols[i : i + 2] = ["".join(pair)]
+                i += 1
+        # The published vocabulary knows every byte; in a smaller one the end token stands for the unknown.
+        return [self.vocab.get(symbol, self.end) for symbol in symbols]
 
 
 class ClipLayer(nn.Module):
@@ -2046,7 +2054,8 @@ def train(config):
     amount = f"{len(data):,} shards" if config.stream else f"{len(data):,} samples and {len(held_out):,} held out"
     print(run.banner(model, device, precision, amount))
 
-    at_once = max(1, config.batch_size // config.grad_accum)  # what fits into memory in training does so elsewhere
+    # What fits into a process's memory in training does so elsewhere.
+    at_once = max(1, config.batch_size // (config.grad_accum * common.world()))
 
     def draw_batch(source, index, draw):
         """Samples of a data set, ready for the model: (x (B, C, H, W), text), a tenth of the captions left out."""
@@ -2089,8 +2098,11 @@ def train(config):
 
             pictures, checkpoint = run.due()
             if pictures:
-                options = DrawConfig(num=1, cfg=config.cfg, precision=precision, batch_size=min(16, at_once))
-                run.save_samples(to_rgb(vae, sample(ema, options, shown, null, (channels, size, size))))
+                # Guidance doubles what is computed at once.
+                few = max(1, min(16, at_once // 2))
+                options = DrawConfig(num=1, cfg=config.cfg, precision=precision, batch_size=few)
+                drawn = sample(ema, options, shown, null, (channels, size, size))
+                run.save_samples(torch.cat([to_rgb(vae, part) for part in drawn.split(few)]))
             if checkpoint and config.stream:
                 told = data.state()
                 run.bar.write(f"step {run.step}: " + ", ".join(f"{n:,} {kind}" for kind, n in told["counts"].items()))

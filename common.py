@@ -2005,6 +2005,12 @@ class Run:
         )  # of this budget, which a resumed run may have
         return (self.progress - first) / (1 - first) if first < 1 else 1.0  # changed
 
+    def should_end(self):
+        """Whether due() would call the run done, for those who wait for something within a step; not where other
+        processes would be left waiting."""
+        late = self.config.minutes and self.seconds >= 60 * self.config.minutes
+        return not dist.is_initialized() and bool(self.asked_to_stop or late)
+
     def due(self):
         """(pictures, checkpoint): is it time for samples, and is it time to save?
 
@@ -2014,7 +2020,7 @@ class Run:
         self.now, stop = all_reduce_max(self.seconds, self.asked_to_stop)
         self.interrupted = bool(stop)
         progress = self.progress
-        if self.step == 1:
+        if self.step == 1 and not self.first_seconds:
             self.first_seconds = self.now
         self.done = progress >= 1 or self.interrupted
         marks = sum(progress >= mark for mark in MARKS)

@@ -786,6 +786,10 @@ class Refused(Exception):
         self.kind, self.passing, self.pause = kind, passing, pause
 
 
+class Starved(Exception):
+    """A stream brought nothing until it was time to end."""
+
+
 def is_public(place):
     """Is an IP address one of the public internet, whatever form it comes in?"""
     number = ipaddress.ip_address(place.partition("%")[0])
@@ -1129,8 +1133,9 @@ class Stream:
     `world` processes number `rank` reads those with (shard + line) % world == rank. `counts` says what became of all
     lines that are done with, by kind: "fetched", "from the cache" or why not. state() and restore() know which lines
     those are, for any number of processes. The main thread alone knows lines and counts; the others take a line and
-    put what came of it into `arrived`. Used with `with`, which ends its threads and gives the memory back. Raises
-    UserError where a whole pass over the shards gives no picture.
+    put what came of it into `arrived`. Lines of a batch are done with once settle() says that its step was made. Used
+    with `with`, which ends its threads and gives the memory back. Raises UserError where a whole pass over the shards
+    gives no picture, and Starved where none has come when stop() says that it is time to end.
     """
 
     def __init__(self, config):
@@ -1145,7 +1150,8 @@ class Stream:
         self.pool, self.cache = None, None
         # What is under way: enough that the threads have work while a step is computed, and no more.
         self.window = 2 * config.threads + 2 * config.batch_size // (config.grad_accum * self.world)
-        self.pending, self.arrived = {}, queue.SimpleQueue()
+        self.pending, self.arrived, self.taken = {}, queue.SimpleQueue(), []
+        self.stop = lambda: False  # for train() to say
         # How many requests each host has, and what waits for one of them to end; for whoever has the lock.
         self.busy, self.waiting = collections.Counter(), collections.defaultdict(collections.deque)
         self.lock = threading.Lock()
@@ -1198,7 +1204,7 @@ class Stream:
         processes may be followed by one and that by three; what the four had done beyond the point that the one has
         reached is still theirs to say.
         """
-        told = common.all_gather_objects((self.next, list(self.pending), self.counts))
+        told = common.all_gather_objects((self.next, [*self.pending, *self.taken], self.counts))
         pending = [place for _, places, _ in told for place in places]
         rule = {"next": [place for place, _, _ in told], "pending": pending}
         older = [old for old in self.rules if max(old["next"]) > min(rule["next"])]
@@ -1226,6 +1232,8 @@ class Stream:
                     raise Refused("too small")
             except Refused as problem:
                 self.count(problem.kind)
+                if self.stop():
+                    raise Starved from None
                 continue
             self.pending[place] = None
             with self.lock:
@@ -1276,7 +1284,12 @@ class Stream:
         """The next picture that is there, in whatever order: (its line's place, (S, S, 3) uint8, its caption)."""
         while True:
             self.fill()
-            place, kind, picture, caption = self.arrived.get()
+            try:
+                place, kind, picture, caption = self.arrived.get(timeout=1.0)
+            except queue.Empty:
+                if self.stop():
+                    raise Starved from None
+                continue
             if isinstance(kind, Exception):
                 raise kind
             del self.pending[place]
@@ -1287,9 +1300,18 @@ class Stream:
             self.good_turn = max(self.good_turn, place[0])  # the last pass over the shards that gave a picture
             return place, picture, caption
 
+    def settle(self):
+        """The step has been made that all batches so far were for."""
+        self.taken.clear()
+
     def batch(self, index, draw):
         """As many samples as `index` is long: (B, 3, S, S) in [-1, 1], captions."""
-        _, pictures, captions = zip(*(self.sample() for _ in index))
+        pictures, captions = [], []
+        for _ in index:
+            place, picture, caption = self.sample()
+            self.taken.append(place)
+            pictures.append(picture)
+            captions.append(caption)
         x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1
         return common.mirror_some(x, self.config.flip, draw), list(captions)
 
@@ -2047,6 +2069,8 @@ def train(config):
         )  # to be told the next time
         if config.stream:
             data.restore(header["stream"])
+    if config.stream:
+        data.stop = run.should_end
     if common.worth_compiling(config, device):
         for layer in model.layers:
             layer.compile(dynamic=False)
@@ -2086,15 +2110,20 @@ def train(config):
             costs, times, draws = [], [], functools.partial(Draw, config.batch_size, config.seed, run.step)
             # A stream gives what comes next, whatever it is asked for.
             index = range(config.batch_size) if config.stream else common.batch_index(config, len(data), run.step)
-            for rows in common.microbatches(config, trained):
-                x, text = draw_batch(data, index[rows], draws(1, rows=rows))
-                with autocast(device, precision):
-                    draw = draws(4, rows=rows, device=device)
-                    cost, t = flow_loss(config, trained, x, text, draw, run.progress)
-                scaler.scale(cost.mean() / config.grad_accum).backward()
-                costs.append(cost.detach())
-                times.append(t)
-            common.optimizer_step(config, run, model, ema, optimizer, scaler, torch.cat(costs), torch.cat(times))
+            try:
+                for rows in common.microbatches(config, trained):
+                    x, text = draw_batch(data, index[rows], draws(1, rows=rows))
+                    with autocast(device, precision):
+                        draw = draws(4, rows=rows, device=device)
+                        cost, t = flow_loss(config, trained, x, text, draw, run.progress)
+                    scaler.scale(cost.mean() / config.grad_accum).backward()
+                    costs.append(cost.detach())
+                    times.append(t)
+                common.optimizer_step(config, run, model, ema, optimizer, scaler, torch.cat(costs), torch.cat(times))
+                if config.stream:
+                    data.settle()
+            except Starved:  # due() will say that this is the end; a step that was not made leaves no trace
+                pass
 
             pictures, checkpoint = run.due()
             if pictures:

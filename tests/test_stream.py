@@ -543,6 +543,33 @@ def test_train_on_a_stream_goes_on_after_a_kill(server, tmp_path, command):
     assert code == 2 and "began with another data" in err
 
 
+def test_ctrl_c_saves_though_nothing_comes(server, tmp_path, monkeypatch):
+    """The web answers ten times and then no more, within the third batch of four: the two steps that were made are
+    saved, and all lines but theirs are still to come."""
+    rows = [{"url": f"{server.address}/good/{n}", "caption": f"picture {n}"} for n in range(60)]
+    names, asked, quiet = write_shards(tmp_path / "shards", rows, 60), [], threading.Event()
+
+    def fetch(self, url, honest=Fetcher.__call__):
+        asked.append(url)
+        if len(asked) <= 10:
+            return honest(self, url)
+        if not quiet.is_set():
+            quiet.set()
+            threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        self.stopped.wait(60)
+        raise Refused("too slow")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Fetcher, "__call__", fetch)
+    words = ["train", *TRAIN, "--stream", names, "--out", "run", "--steps", "60"]
+    began = time.time()
+    assert dit_t2i.main(words) == 130 and time.time() - began < 45
+    _, header = common.load_tensors(tmp_path / "run" / "state.safetensors")
+    (rule,) = header["stream"]["rules"]
+    turn, shard, line = rule["next"][0]
+    assert header["step"] == 2 and (turn, shard) == (0, 0) and line - len(rule["pending"]) == 8
+
+
 def test_streamed_pictures_become_the_vaes_latents_and_clips_states(server, tmp_path, partners, monkeypatch):
     rows = [{"url": f"{server.address}/good/{n}", "caption": f"picture {n}"} for n in range(8)]
     names, seen = write_shards(tmp_path / "shards", rows, 8), []

@@ -2000,10 +2000,8 @@ class Run:
         may be at work for longer than a whole warm-up."""
         if self.config.steps:
             return self.progress
-        first = min(
-            1.0, self.first_seconds / (60 * self.config.minutes)
-        )  # of this budget, which a resumed run may have
-        return (self.progress - first) / (1 - first) if first < 1 else 1.0  # changed
+        first = self.first_seconds / (60 * self.config.minutes)  # as part of the budget that the run has now
+        return (self.progress - first) / (1 - first) if first < 1 else 1.0
 
     def should_end(self):
         """Whether due() would call the run done, for those who wait for something within a step; not where other

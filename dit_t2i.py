@@ -2062,11 +2062,10 @@ def train(config):
         common.narrow_gradients(config, model, device)
     if run.resume:
         header = run.load(model, ema, optimizer, scaler)
-        if config.start and not header["config"].get("start"):
+        began_with = header["config"].get("start", "")
+        if config.start and not began_with:
             raise UserError(f"the run in {run.folder} did not begin with other weights; leave --from out")
-        run.config = dataclasses.replace(
-            run.config, start=header["config"].get("start", "")
-        )  # to be told the next time
+        run.config = dataclasses.replace(run.config, start=began_with)  # for the next checkpoint to tell
         if config.stream:
             data.restore(header["stream"])
     if config.stream:

@@ -97,7 +97,7 @@ def unpair(x, head_dim):
     0 2 4 ... 1 3 5 ...
 
     Published weights mean RoPE to turn neighbouring channels, 0 and 1, 2 and 3, .... To pick these apart in each token
-    is slow (a fifth of an attention layer's time on a CPU), and q.k does not ask for the order of channels.
+    is slow (a fifth of an attention layer's training on a CPU), and q.k does not ask for the order of channels.
     """
     return x.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 

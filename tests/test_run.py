@@ -117,7 +117,7 @@ def test_muon_is_for_machines_with_fast_bfloat16(train, tmp_path, monkeypatch):
         train(tmp_path / "bf16", steps=4, optimizer="auto", resume=True)
 
 
-def test_run_folder_holds_what_the_readme_says(train, tmp_path):
+def test_run_folder_holds_what_the_readme_says(all_marks, train, tmp_path):
     train(tmp_path / "run", steps=20)
     run = tmp_path / "run"
     assert {p.name for p in run.iterdir()} == {
@@ -169,7 +169,7 @@ def test_first_step_counts_in_the_budget_that_a_resumed_run_has(train, tmp_path,
     assert told[7:] == [(0.5, pytest.approx(0.25 / 0.75))]
 
 
-def test_page_is_self_contained(train, tmp_path):
+def test_page_is_self_contained(all_marks, train, tmp_path):
     train(tmp_path / "run", steps=10)
     page = (tmp_path / "run" / "index.html").read_text()
     used = []

@@ -1,12 +1,14 @@
 """unet_ddpm.py against golden files, diffusers' schedulers, closed forms and naive versions."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import re
 import shutil
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -412,10 +414,8 @@ TINY = dict(image_size=16, fold=2, model_channels=32, channel_mult=(1, 1), num_r
 TINY |= dict(num_head_channels=16)
 
 
-@pytest.fixture
-def tagged(tmp_path):
+def make_tagged(folder):
     """24 plain pictures with tags: 8 red, 8 green, 8 blue; every fourth is also marked rare."""
-    folder = tmp_path / "tagged"
     folder.mkdir()
     lines = []
     for i in range(24):
@@ -428,16 +428,20 @@ def tagged(tmp_path):
 
 
 @pytest.fixture
+def tagged(tmp_path):
+    return make_tagged(tmp_path / "tagged")
+
+
+def train_tiny(out, data, **changes):
+    values = dict(TINY, data=str(data), out=str(out), batch_size=8, lr=1e-3, minutes=None, device="cpu")
+    return unet_ddpm.train(Config(**(values | dict(precision="fp32") | changes)))
+
+
+@pytest.fixture
 def train(tagged, tmp_path, monkeypatch):
-    """Train the tiny model in this process, with pictures at the end alone."""
+    """Train the tiny model in this process."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common, "MARKS", (1.0,))
-
-    def run(out, **changes):
-        values = dict(TINY, data=str(tagged), out=str(out), batch_size=8, lr=1e-3, minutes=None, device="cpu")
-        return unet_ddpm.train(Config(**(values | dict(precision="fp32") | changes)))
-
-    return run
+    return functools.partial(train_tiny, data=tagged)
 
 
 def header_of(path):
@@ -482,6 +486,18 @@ def test_finetuning_starts_where_the_base_ended(train, tmp_path):
     assert all(torch.equal(value, base[name].bfloat16()) for name, value in load_file(marks[0]).items())
 
 
+@pytest.fixture(scope="module")
+def folder_of_runs(tmp_path_factory):
+    """Three runs of one step: `whole`, `base` without what is rare, and `bare`, that one's weights without a header."""
+    folder = tmp_path_factory.mktemp("runs")
+    data = make_tagged(folder / "tagged")
+    train_tiny(folder / "whole", data, steps=1)
+    train_tiny(folder / "base", data, steps=1, stage="exclude", exclude_tags=("rare",))
+    (folder / "bare").mkdir()
+    save_file(load_file(folder / "base" / "model.safetensors"), folder / "bare" / "model.safetensors")
+    return folder
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -502,13 +518,11 @@ def test_finetuning_starts_where_the_base_ended(train, tmp_path):
         (dict(stage="finetune", start="base", model_channels=64), r"with --model-channels 32 \(not 64\); give"),
     ],
 )
-def test_stage_that_cannot_be_is_refused(train, tmp_path, changes, message):
-    train("whole", steps=1)
-    train("base", steps=1, stage="exclude", exclude_tags=("rare",))
-    (tmp_path / "bare").mkdir()
-    save_file(load_file("base/model.safetensors"), "bare/model.safetensors")  # without its header
+def test_stage_that_cannot_be_is_refused(folder_of_runs, monkeypatch, changes, message):
+    monkeypatch.chdir(folder_of_runs)
     with pytest.raises(UserError, match=message):
-        train("other", steps=1, **changes)
+        train_tiny("other", "tagged", steps=1, **changes)
+    assert not list(Path().glob("other/*"))
 
 
 def test_finetuning_wants_the_pictures_that_the_base_had(train, tagged, tmp_path):
@@ -665,12 +679,13 @@ def test_shards_of_another_system_are_refused(tmp_path):
 
 
 def test_published_checkpoint_loads_without_its_pickle(tmp_path):
-    weights = {k: torch.zeros(v) for k, v in json.loads((FIXTURES / "adm_281m.json").read_text()).items()}
+    layout = json.loads((FIXTURES / "adm_281m.json").read_text())
+    weights = {k: torch.zeros(()).expand(v) for k, v in layout.items()}  # a small file, all the same
     torch.save(weights, tmp_path / "model_ema.pt")
-    model, _, header = unet_ddpm.load_model(tmp_path / "model_ema.pt", CPU)
-    assert sum(p.numel() for p in model.parameters()) == 281_730_336 and header["latent"] == [32, 32]
     with pytest.raises(UserError, match="--predict v goes with --objective ddpm"):
         unet_ddpm.load_model(tmp_path / "model_ema.pt", dataclasses.replace(CPU, predict="v"))
+    model, _, header = unet_ddpm.load_model(tmp_path / "model_ema.pt", CPU)
+    assert sum(p.numel() for p in model.parameters()) == 281_730_336 and header["latent"] == [32, 32]
     torch.save({"input_blocks.0.0.weight": torch.zeros(1), "note": "by its author"}, tmp_path / "model_ema.pt")
     with pytest.raises(UserError, match="holds more than weights \\(note\\)"):
         unet_ddpm.load_model(tmp_path / "model_ema.pt", CPU)

@@ -962,7 +962,7 @@ class ExportConfig:
 
 
 def export(system):
-    """The verb export of a system: a checkpoint in bfloat16, half as large."""
+    """The verb export of a system, as run_command_line wants it: a checkpoint in bfloat16, half as large."""
 
     def command(options):
         if not options.out:
@@ -974,7 +974,7 @@ def export(system):
         save_tensors(options.out, {name: tensor.bfloat16() for name, tensor in tensors.items()}, header)
         print(f"{options.out}: {Path(options.out).stat().st_size / 1e6:.1f} MB")
 
-    return command
+    return command, ExportConfig, None, "keep a run's weights in half the bytes"
 
 
 def load_into(model, weights, path):

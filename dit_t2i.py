@@ -2393,7 +2393,7 @@ VERBS = {
     ),
     "train": (train, Config, PRESETS, "train, e.g. python dit_t2i.py train --data emoji"),
     "sample": (sample_command, SampleConfig, None, 'draw pictures, e.g. python dit_t2i.py sample "a red car"'),
-    "export": (common.export("dit_t2i"), common.ExportConfig, None, "keep a run's weights in half the bytes"),
+    "export": common.export("dit_t2i"),
     "evaluate": (evaluate_command, EvaluateConfig, None, "test colours of things that were never shown together"),
 }
 

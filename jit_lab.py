@@ -859,7 +859,7 @@ def labelled_pairs(pictures, distances, columns=4):
 VERBS = {
     "train": (train, Config, PRESETS, "train, e.g. python jit_lab.py train --minutes 3"),
     "sample": (sample_command, SampleConfig, None, "draw pictures, e.g. python jit_lab.py sample --num 16"),
-    "export": (common.export("jit_lab"), common.ExportConfig, None, "keep a run's weights in half the bytes"),
+    "export": common.export("jit_lab"),
     "novelty": (
         novelty_command,
         NoveltyConfig,

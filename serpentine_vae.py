@@ -1300,7 +1300,7 @@ VERBS = {
     "leakage": (leakage_command, LeakageConfig, None, "how far one latent cell reaches, with numbers and a picture"),
     "seams": (seams_command, SeamsConfig, None, "how visible the borders of inpainting are, by both clamps"),
     "schedule": (schedule_command, ScheduleConfig, None, "the picture of the noise schedule"),
-    "export": (common.export("serpentine_vae"), common.ExportConfig, None, "keep a run's weights in half the bytes"),
+    "export": common.export("serpentine_vae"),
 }
 
 

@@ -1207,7 +1207,7 @@ VERBS = {
     "evaluate": (evaluate_command, EvaluateConfig, None, "distance of samples from the training set"),
     "compare": (compare_command, CompareConfig, PRESETS, "both objectives side by side, e.g. compare --minutes 20"),
     "encode": (encode_command, EncodeConfig, None, "a folder's latents, once, e.g. encode --data DIR --vae FILE"),
-    "export": (common.export("unet_ddpm"), common.ExportConfig, None, "keep a run's weights in half the bytes"),
+    "export": common.export("unet_ddpm"),
 }
 
 

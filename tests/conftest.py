@@ -22,7 +22,6 @@ ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / "fixtures"
 # A model and a run so small that a test takes a second or two.
 TINY = dict(image_size=16, patch_size=4, hidden_size=32, depth=2, num_heads=2, bottleneck_dim=8)
-MARKS = common.MARKS
 TINY_FLAGS = [word for k, v in TINY.items() for word in ("--" + k.replace("_", "-"), str(v))]
 
 
@@ -96,6 +95,9 @@ def command(tmp_path):
     return run
 
 
+ALL_MARKS = common.MARKS
+
+
 @pytest.fixture(autouse=True)
 def pictures_at_the_end_alone(monkeypatch):
     """In place of six times in a run, which takes longer than a tiny model's training; `all_marks` undoes it."""
@@ -104,7 +106,7 @@ def pictures_at_the_end_alone(monkeypatch):
 
 @pytest.fixture
 def all_marks(monkeypatch):
-    monkeypatch.setattr(common, "MARKS", MARKS)
+    monkeypatch.setattr(common, "MARKS", ALL_MARKS)
 
 
 @pytest.fixture(autouse=True)

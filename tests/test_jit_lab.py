@@ -109,6 +109,7 @@ def test_the_posts_quick_inference_runs_as_printed_and_agrees_with_sample(tmp_pa
     model, config = jit_lab.load_model(tmp_path / "waifu_diffusion_1280_bs256.safetensors", "cpu")
     assert config.space == "lab"
     ours = sample(model, config, [3], steps=3)
+    assert space["rgb"].shape == (80, 80, 3) and np.isfinite(space["rgb"]).all()
     assert (ours - jit_lab.lab_to_rgb(space["pred_x1"].clamp(-1, 1))).abs().max() < 1e-4
     assert (ours[0].permute(1, 2, 0) - torch.from_numpy(space["rgb"])).abs().max() < 2e-3
 

@@ -69,9 +69,9 @@ import importlib, json, os, sys, common
 os._exit = lambda code: None  # with which one would end
 drew = set()
 for file, words in json.loads(open(sys.argv[1]).read()):
-    draws = "--fsdp" in words and file not in drew  # each system once, from sharded weights, at the end
-    common.MARKS = (1.0,) if draws else ()
-    drew.update([file] * draws)
+    kind = file, words[0], "--fsdp" in words
+    common.MARKS = () if kind in drew else (1.0,)  # pictures at the end, once from whole weights and once from sharded
+    drew.add(kind)
     code = importlib.import_module(file).main(words)
     if code:
         sys.exit(code)

@@ -680,7 +680,7 @@ def test_shards_of_another_system_are_refused(tmp_path):
 
 def test_published_checkpoint_loads_without_its_pickle(tmp_path):
     layout = json.loads((FIXTURES / "adm_281m.json").read_text())
-    weights = {k: torch.zeros(()).expand(v) for k, v in layout.items()}  # a small file, all the same
+    weights = {k: torch.zeros(()).expand(v) for k, v in layout.items()}  # stored as one number each
     torch.save(weights, tmp_path / "model_ema.pt")
     with pytest.raises(UserError, match="--predict v goes with --objective ddpm"):
         unet_ddpm.load_model(tmp_path / "model_ema.pt", dataclasses.replace(CPU, predict="v"))
@@ -697,7 +697,7 @@ def test_published_checkpoint_loads_without_its_pickle(tmp_path):
 @pytest.fixture
 def few_steps(monkeypatch):
     """Fewer steps in compare's curves than a trained model wants."""
-    monkeypatch.setattr(unet_ddpm, "SAMPLING_STEPS", (2, 5, 10))
+    monkeypatch.setattr(unet_ddpm, "SAMPLING_STEPS", (5, 10))
     monkeypatch.setattr(unet_ddpm, "TRAINING_STEPS", 5)
 
 
@@ -827,11 +827,11 @@ def test_eight_bits_without_their_package_name_it(monkeypatch):
 def test_shipped_weights_are_small_and_draw_faces():
     paths = [ROOT / "weights" / name for name in ("unet_ddpm.safetensors", "unet_ddpm_ddpm.safetensors")]
     assert sum(path.stat().st_size for path in paths) < 20e6
-    faces = np.stack([np.asarray(common.draw_face(seed, 40)[0]) for seed in range(64)])
+    faces = np.stack([np.asarray(common.draw_face(seed, 40)[0]) for seed in range(128)])
     rgb = torch.from_numpy(faces).permute(0, 3, 1, 2) / 255
-    distance = unet_ddpm.Distance(range(64), lambda index: rgb[index], 32)
+    distance = unet_ddpm.Distance(range(128), lambda index: rgb[index], 64)
     for path, objective, bar in zip(paths, ("flow", "ddpm"), (1.5, 6)):
         model, config, header = unet_ddpm.load_model(path, CPU)
-        made = unet_ddpm.sample(model, config, DrawConfig(num=32, steps=10, precision="fp32"), header)
+        made = unet_ddpm.sample(model, config, DrawConfig(num=64, steps=10, precision="fp32"), header)
         assert config.objective == objective
         assert distance(unet_ddpm.to_rgb(config, None, made)) < bar * distance.floor

@@ -137,13 +137,13 @@ class RMSNorm(nn.Module):
 class TimestepEmbedder(nn.Module):
     """(B,) times -> (B, width): sinusoid of `scale` times t, then a two-layer MLP."""
 
-    def __init__(self, width, scale=1.0, frequency_dim=256):
+    def __init__(self, width, scale=1.0):
         super().__init__()
-        self.scale, self.frequency_dim = scale, frequency_dim
-        self.mlp = nn.Sequential(nn.Linear(frequency_dim, width), nn.SiLU(), nn.Linear(width, width))
+        self.scale = scale
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t):
-        return self.mlp(timestep_embedding(self.scale * t.float(), self.frequency_dim).to(self.mlp[0].weight.dtype))
+        return self.mlp(timestep_embedding(self.scale * t.float(), 256).to(self.mlp[0].weight.dtype))
 
 
 def modulate(x, shift, scale):
@@ -161,8 +161,8 @@ def zero(module):
 def attention(q, k, v):
     """softmax(q k^T / sqrt(d)) v for (B, h, N, d), every token attending to every token.
 
-    On a GPU torch's fused kernel. On a CPU in bfloat16 the two plain matrix products are about twice as fast as that
-    kernel at the 100 to 400 tokens we use (`python tests/bench.py attention`).
+    On a GPU torch's fused kernel. On a CPU in bfloat16 the two plain matrix products are two to four times as fast as
+    that kernel at the 100 to 400 tokens we use (`python tests/bench.py attention`).
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
@@ -357,7 +357,7 @@ def differences(config, before, names):
     default."""
     fields = [field for field in dataclasses.fields(config) if field.name in names]
     then, now = {field.name: field.default for field in fields}, dataclasses.asdict(config)
-    then, now = json.loads(json.dumps(then)) | before, json.loads(json.dumps(now))
+    then, now = json.loads(json.dumps([then | before, now]))  # as a header has them, without tuples
     changed = [field for field in fields if then[field.name] != now[field.name]]
 
     def shown(value):
@@ -387,7 +387,7 @@ def add_options(parser, config_class, preset):
         else:
             extra |= {"type": kind, "metavar": "|".join(field.metadata["choices"] or [kind.__name__.upper()])}
         default = preset.get(field.name, field.default)
-        shown = "" if default in (None, "", False) else f" [{default}]"
+        shown = f" [{default}]" if default or (default == 0 and default is not False) else ""
         help = (field.metadata["help"] + shown).replace("%", "%%")
         name = flag_of(field)
         if field.metadata["positional"]:
@@ -856,7 +856,7 @@ def optimizer_step(config, run, model, ema, optimizer, scaler, costs, times):
 
 @torch.no_grad()
 def update_ema(ema, model, step, longest):
-    """ema <- decay * ema + (1 - decay) * model, with a decay that grows from 0.1 to `longest`, so that the random
+    """ema <- decay * ema + (1 - decay) * model, with a decay that grows from a fifth to `longest`, so that the random
     start is forgotten in short runs too. After the first hundred steps four are taken at once, every fourth step: the
     average comes out all but the same, and its way through all weights is a few percent of a step on a CPU."""
     stride = 1 if step <= 100 else 4
@@ -923,9 +923,10 @@ def save_tensors(path, tensors, header):
     save_atomically(path, lambda part: save_file(tensors, part, metadata={"config": json.dumps(header)}))
 
 
-def load_tensors(path):
+def load_tensors(path, header_only=False):
     """Weights from a file: (name -> tensor, header or None). Safetensors by preference; a file that ends in .pt, .pth,
-    .ckpt or .bin is unpickled with weights_only, so that nothing in it can run. Raises UserError if it is neither."""
+    .ckpt or .bin is unpickled with weights_only, so that nothing in it can run. header_only: read no tensors of a
+    safetensors file. Raises UserError if it is neither."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no weights at {path}; train some first, or name a file")
@@ -938,15 +939,16 @@ def load_tensors(path):
                 raise ValueError("no table of tensors")
             return content, None
         with safe_open(path, "pt") as file:
-            header = (file.metadata() or {}).get("config")
-        return load_file(path), json.loads(header) if header else None
+            header = json.loads((file.metadata() or {}).get("config") or "null")
+        return {} if header_only else load_file(path), header if isinstance(header, dict) else None
     except Exception as problem:  # each format has its own way to fail; to the user they are one
         reason = str(problem).split("\n")[0][:120]
         raise UserError(f"{path} is not a readable weight file ({reason}); get it anew or name another") from None
 
 
 def find_weights(given, system):
-    """The checkpoint to sample from: the one named, else the newest run's, else the one that came with the code."""
+    """The checkpoint to sample from: the one named, else that of the run in the default place, else the one that came
+    with the code."""
     if given:
         return Path(given)
     own = Path("runs") / system / "model.safetensors"
@@ -957,7 +959,7 @@ def find_weights(given, system):
 class ExportConfig:
     """Options of the verb export."""
 
-    weights: str = option("", "checkpoint (default: the newest run's)")
+    weights: str = option("", "checkpoint (default: that in runs/ and the file's name)")
     out: str = option("", "safetensors file to write, e.g. weights/NAME.safetensors")
 
 
@@ -972,9 +974,9 @@ def export(system):
         if (header or {}).get("system") != system or any(name.startswith("optimizer.") for name in tensors):
             raise UserError(f"{path} is no model.safetensors of {system}.py; name one with --weights")
         save_tensors(options.out, {name: tensor.bfloat16() for name, tensor in tensors.items()}, header)
-        print(f"{options.out}: {Path(options.out).stat().st_size / 1e6:.1f} MB")
+        print(f"{options.out}, from {path}: {Path(options.out).stat().st_size / 1e6:.1f} MB")
 
-    return command, ExportConfig, None, "keep a run's weights in half the bytes"
+    return command, ExportConfig, None, "keep a run's weights in half the bytes, e.g. export --out small.safetensors"
 
 
 def load_into(model, weights, path):
@@ -1848,7 +1850,19 @@ class Chart:
 # Run folders
 
 # May differ between a run and its resumption: how long, where, and how often to save. All else would change the run.
-MAY_CHANGE = {"out", "minutes", "steps", "epochs", "vae", "clip", "device", "compile", "checkpoint_every", "resume"}
+MAY_CHANGE = {
+    "data",
+    "out",
+    "minutes",
+    "steps",
+    "epochs",
+    "vae",
+    "clip",
+    "device",
+    "compile",
+    "checkpoint_every",
+    "resume",
+}
 MAY_CHANGE |= {"vae_minutes", "vae_steps", "checkpointing", "checkpoint_activations", "grad_accum", "fsdp", "cache_gb"}
 MAY_CHANGE |= {"stream", "threads", "per_host", "timeout", "retries", "max_mb", "schemes", "private_hosts", "start"}
 PROGRESS_BAR = "{percentage:3.0f}% {bar} {elapsed} passed, {remaining} left{postfix}"
@@ -1966,6 +1980,8 @@ class Run:
             if self.asked_to_stop and not dist.is_initialized():  # in a hurry; other processes would be left waiting
                 raise KeyboardInterrupt
             self.asked_to_stop = True
+            if signum == signal.SIGINT and not dist.is_initialized():
+                print("\nstopping and saving; Ctrl-C once more stops without", file=sys.stderr)
 
         agreed = {key: value for key, value in self.header.items() if not isinstance(value, float)}
         if len(set(all_gather_objects(json.dumps([self.step, agreed])))) > 1:
@@ -2132,8 +2148,11 @@ class Run:
         save_tensors(self.folder / "marks" / f"step_{self.step:06d}.safetensors", tensors, self.settings())
 
     def save_samples(self, rgb):
-        """(B, 3, H, W) in [0, 1] -> samples/step_000500.png."""
+        """(B, 3, H, W) in [0, 1] -> samples/step_000500.png, and into the page. To be called after save(): whatever
+        goes wrong in drawing, which takes long, then costs no step."""
         save_picture(make_grid(to_uint8(rgb)), self.folder / "samples" / f"step_{self.step:06d}.png")
+        if rank() == 0:
+            self.write_page()
 
     def write_page(self):
         """index.html: the run at a glance in one file without scripts, so that it opens from disk in any browser."""

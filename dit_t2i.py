@@ -109,7 +109,7 @@ class Config(common.TrainConfig):
     data: str = option(
         "drawn", "drawn: scenes; emoji: the system's emoji; a folder of captioned pictures, or of shards"
     )
-    image_size: int = option(64, "side of the training pictures in pixels", low=8)
+    image_size: int = option(64, "side of the training pictures in pixels; of shards, theirs counts", low=8)
     vae: str = option("", "VAE of the shards in --data, to show pictures while training; of a --stream's latents")
     flip: float = option(
         0.0, "how often a picture of a folder or a stream is mirrored, whatever its caption says", low=0.0, high=1.0
@@ -720,8 +720,6 @@ def load_data(config):
         raise UserError(f"options of a stream without --stream; name one, or keep to {idle}")
     if config.stream and config.data != "drawn":
         raise UserError("--data and --stream are two sources; name one of them")
-    if config.flip and config.data in ("drawn", "emoji") and not config.stream:
-        raise UserError(f"--flip {config.flip} is for your own pictures; leave it out, or say --flip 0")
     skipped, shards = [], not config.stream and any(Path(config.data).glob("shard_*.safetensors"))
     if config.clip and config.encoder == "words" and not shards:
         raise UserError("--clip goes with --encoder clip, or with shards; add that, or leave --clip out")
@@ -736,6 +734,8 @@ def load_data(config):
         )
     if config.encoder == "clip" and not shards and not config.clip:
         raise UserError("name CLIP's files with --clip, or give --data a folder of shards that prepare wrote")
+    if config.flip and config.data in ("drawn", "emoji") and not config.stream:
+        raise UserError(f"--flip {config.flip} is for your own pictures; say --flip 0")
     if config.data == "emoji":
         everything = EmojiSet(config.image_size)
         return everything, everything, everything.unseen(), skipped
@@ -751,7 +751,7 @@ def load_data(config):
         good = [i for i, path in enumerate(paths) if path in captions]
         skipped += [f"{path}: no caption" for path in paths if path not in captions]
         everything = PictureSet(pictures[good], [captions[paths[i]] for i in good], config.flip)
-    # One in fifty, at most 1,000, is never trained on: its loss says which checkpoint is the best.
+    # One in fifty, at most 1,000, is never trained on: the loss of 256 of them says which checkpoint is the best.
     order = torch.randperm(len(everything), generator=generator(config.seed, 7)).tolist()
     cut = max(1, min(1000, len(order) // 50))
     if len(order) < 2:
@@ -788,6 +788,10 @@ class Refused(Exception):
 
 class Starved(Exception):
     """A stream brought nothing until it was time to end."""
+
+
+class Exhausted(UserError):
+    """A whole pass over a stream's shards brought nothing."""
 
 
 def is_public(place):
@@ -1042,7 +1046,8 @@ class Cache:
 
 def read_shard(path):
     """The lines of a metadata shard, one after the other, as dictionaries; None for one that is broken. .jsonl,
-    .parquet (pyarrow), or .tar (webdataset), whose lines bring the picture itself as "picture". Raises UserError."""
+    .parquet (pyarrow), or .tar (webdataset), whose lines bring the picture itself as "picture". Raises Refused where
+    the shard is broken, UserError where a package is missing."""
     try:
         if path.endswith(".parquet"):
             for batch in needed("pyarrow.parquet", "pyarrow").ParquetFile(path).iter_batches(1000):
@@ -1058,9 +1063,8 @@ def read_shard(path):
                 yield from map(parse, file)
     except UserError:
         raise
-    except Exception as problem:  # each format has its own way to fail
-        reason = " ".join(str(problem).split())[:80]
-        raise UserError(f"{path} is no readable shard ({reason}); get it anew") from None
+    except Exception:  # each format has its own way to fail
+        raise Refused("broken shard") from None
 
 
 def parse(text):
@@ -1134,7 +1138,7 @@ class Stream:
     lines that are done with, by kind: "fetched", "from the cache" or why not. state() and restore() know which lines
     those are, for any number of processes. The main thread alone knows lines and counts; the others take a line and
     put what came of it into `arrived`. Lines of a batch are done with once settle() says that its step was made. Used
-    with `with`, which ends its threads and gives the memory back. Raises UserError where a whole pass over the shards
+    with `with`, which ends its threads and gives the memory back. Raises Exhausted where a whole pass over the shards
     gives no picture, and Starved where none has come when stop() says that it is time to end.
     """
 
@@ -1185,13 +1189,19 @@ class Stream:
         while True:
             order, empty = common.epoch_order(self.config.seed, turn, len(self.names)), True
             while shard < len(self.names):
-                for number, row in enumerate(read_shard(self.names[order[shard]])):
-                    if number >= line and (shard + number) % self.world == self.rank:
-                        empty = False
-                        if not any(is_done(rule, (turn, shard, number)) for rule in self.rules):
-                            yield (turn, shard, number), row
+                try:
+                    for number, row in enumerate(read_shard(self.names[order[shard]])):
+                        if number >= line and (shard + number) % self.world == self.rank:
+                            empty = False
+                            if not any(is_done(rule, (turn, shard, number)) for rule in self.rules):
+                                yield (turn, shard, number), row
+                except Refused as problem:  # what was read of it counts
+                    self.next = turn, shard + 1, 0
+                    self.counts[problem.kind] += 1
                 shard, line = shard + 1, 0
             if empty and turn > self.good_turn + 1:
+                if self.counts["broken shard"]:
+                    raise self.exhausted()
                 raise UserError(f"{self.config.stream} holds fewer lines than there are processes")
             turn, shard = turn + 1, 0
 
@@ -1272,13 +1282,17 @@ class Stream:
             self.pool.submit(self.work, *following)
 
     def count(self, kind):
-        """One more that gave no picture. Raises UserError if that is true of a whole pass."""
+        """One more that gave no picture. Raises Exhausted if that is true of a whole pass."""
         self.counts[kind] += 1
         oldest = next(iter(self.pending))[0] if self.pending else self.next[0]
         if oldest > self.good_turn + 1:
-            what = ", ".join(f"{count:,} {kind}" for kind, count in self.counts.most_common(4))
-            share = f" (for process {self.rank + 1} of {self.world})" if self.world > 1 else ""
-            raise UserError(f"a whole pass over {self.config.stream} gave no picture{share}: {what}")
+            raise self.exhausted()
+
+    def exhausted(self):
+        """The error that a whole pass gave no picture, with the commonest reasons."""
+        what = ", ".join(f"{count:,} {kind}" for kind, count in self.counts.most_common(4))
+        share = f" (for process {self.rank + 1} of {self.world})" if self.world > 1 else ""
+        return Exhausted(f"a whole pass over {self.config.stream} gave no picture{share}: {what}")
 
     def sample(self):
         """The next picture that is there, in whatever order: (its line's place, (S, S, 3) uint8, its caption)."""
@@ -1317,13 +1331,14 @@ class Stream:
 
     def captions(self, most):
         """The first ones in the shards, to learn words from and to draw while training."""
-        rows = (row for name in self.names for row in read_shard(name))
         found = []
-        for row in rows:
-            with contextlib.suppress(Refused):
-                found.append(understand(row).caption)
-            if len(found) == most:
-                break
+        for name in self.names:
+            with contextlib.suppress(Refused):  # a shard that is broken
+                for row in read_shard(name):
+                    with contextlib.suppress(Refused):  # a line that is
+                        found.append(understand(row).caption)
+                    if len(found) == most:
+                        return found
         return found
 
     def __len__(self):
@@ -1863,11 +1878,11 @@ class DiT(nn.Module):
                 txt = txt + torch.cat(sincos_table(order, txt.shape[-1]), dim=-1)
         else:
             rope = msrope(height, width, text.shape[1], self.head_dim, z_t.device)
-        if self.words is not None and not self.joint:
-            # What the write-up leaves to attention is too slow for a few minutes. The words' sum joins the time, as the
-            # pooled text does in Stable Diffusion 3 (Esser et al. 2024, section 4), and patches are told their place.
-            condition = condition + (txt * (text > 0).unsqueeze(-1)).sum(dim=1)
-            vis = vis + sincos_2d(*centred(height, width, z_t.device), vis.shape[-1])
+            if self.words is not None:
+                # What the write-up leaves to attention is too slow for a few minutes. The words' sum joins the time, as
+                # pooled text does in Stable Diffusion 3 (Esser et al. 2024, section 4), and patches know their place.
+                condition = condition + (txt * (text > 0).unsqueeze(-1)).sum(dim=1)
+                vis = vis + sincos_2d(*centred(height, width, z_t.device), vis.shape[-1])
         for layer in self.layers:
             if self.checkpointing and self.training:  # forget what lies within, compute it again going back
                 txt, vis = checkpoint(layer, txt, vis, condition, rope, use_reentrant=False)
@@ -1921,7 +1936,8 @@ def prepare_command(options):
 
     def encode(pictures, rows):
         with autocast(device, precision):
-            return {"latents": vae.encode(pictures.to(device)), "text": clip([row["caption"] for row in rows])}
+            latents = vae.encode(pictures.to(device))
+        return {"latents": latents, "text": clip([row["caption"] for row in rows])}  # as sampling encodes prompts
 
     rows = {path: {"caption": captions[path]} for path in paths}
     with torch.no_grad():
@@ -2010,6 +2026,8 @@ def train(config):
     config = common.settle_optimizer(config, device)
     start = load_model(config.start, torch.device("cpu")) if config.start and not config.resume else None
     everything, data, held_out, skipped = load_data(config)
+    if isinstance(everything, ShardSet):  # for the record: what they were made with
+        config = dataclasses.replace(config, image_size=everything.header["image_size"], encoder="clip")
     if config.epochs:
         steps = config.epochs * math.ceil(len(data) / config.batch_size)
         config = dataclasses.replace(config, steps=min(steps, config.steps or steps))
@@ -2026,6 +2044,8 @@ def train(config):
         null = everything.null
         run.header |= {"text": {"clip": everything.header["clip"]}, "vae": everything.header["vae"]}
         common.check_partner("--vae", vae, run.header["vae"])
+        if config.clip:  # for whoever samples
+            common.check_partner("--clip", Clip(config.clip).model, everything.header["clip"])
     elif config.encoder == "clip":
         encoder = Clip(config.clip, device)
         run.header["text"] = {"clip": common.fingerprint(encoder.model)}
@@ -2035,7 +2055,7 @@ def train(config):
         if cut := sum(len(Words.split(caption)) > encoder.length for caption in captions):
             print(f"{cut:,} of {len(captions):,} captions are longer than --max-words {encoder.length}: their ends go")
         # The words of the weights that this run began with, or of its own checkpoint, come first.
-        before = start[2] if start else load_tensors(run.state_path)[1] if run.resume else None
+        before = start[2] if start else load_tensors(run.state_path, header_only=True)[1] if run.resume else None
         text = (before or {}).get("text", {})
         encoder = encoder.after(text.get("words", []), text.get("length", 0))
         run.header["text"] = {"words": encoder.vocabulary, "length": encoder.length}
@@ -2094,7 +2114,7 @@ def train(config):
 
     @torch.no_grad()
     def held_out_loss():
-        """Of the averaged weights, always at the same times and with the same noise."""
+        """Of the averaged weights, always with the same noise and at the same times, drawn as when training begins."""
         count, costs = min(256, len(held_out)), []
         for first in range(0, count, at_once):
             rows = range(count)[first : first + at_once]
@@ -2123,20 +2143,24 @@ def train(config):
                     data.settle()
             except Starved:  # due() will say that this is the end; a step that was not made leaves no trace
                 pass
+            except Exhausted:  # such as for want of a network, for which no step should be lost
+                if common.world() == 1:
+                    run.save(model, ema, optimizer, scaler, also={"stream": data.state()})
+                raise
 
             pictures, checkpoint = run.due()
-            if pictures:
-                # Guidance doubles what is computed at once.
-                few = max(1, min(16, at_once // 2))
-                options = DrawConfig(num=1, cfg=config.cfg, precision=precision, batch_size=few)
-                drawn = sample(ema, options, shown, null, (channels, size, size))
-                run.save_samples(torch.cat([to_rgb(vae, part) for part in drawn.split(few)]))
             if checkpoint and config.stream:
                 told = data.state()
                 run.bar.write(f"step {run.step}: " + ", ".join(f"{n:,} {kind}" for kind, n in told["counts"].items()))
                 run.save(model, ema, optimizer, scaler, also={"stream": told})
             elif checkpoint:
                 run.save(model, ema, optimizer, scaler, held_out_loss())
+            if pictures:
+                # Guidance doubles what is computed at once.
+                few = max(1, min(16, at_once // 2))
+                options = DrawConfig(num=1, cfg=config.cfg, precision=precision, batch_size=few)
+                drawn = sample(ema, options, shown, null, (channels, size, size))
+                run.save_samples(torch.cat([to_rgb(vae, part) for part in drawn.split(few)]))
     return run.farewell()
 
 
@@ -2179,11 +2203,12 @@ class SampleConfig(DrawConfig):
 
 
 @torch.no_grad()
-def sample(model, options, text, null, shape, watch=None):
+def sample(model, options, text, null, shape, watch=None, apart=0):
     """Draw options.num pictures for each row of text -> (P * num, C, H, W) as the model sees them, by prompt.
 
     text (P, T) or (P, T, text_dim), null the same of one row; shape (C, H, W). From noise at t = 1 to data at t = 0;
-    picture i of a prompt depends on the seed options.seed + i only. watch(z, t) sees the states of the first batch.
+    picture i of prompt p depends on the seed options.seed + apart * p + i only: all prompts share their noise unless
+    told apart. watch(z, t) sees the states of the first batch.
     """
     device = next(model.parameters()).device
     precision = common.pick_precision(options.precision, device)
@@ -2192,7 +2217,7 @@ def sample(model, options, text, null, shape, watch=None):
     times = [1 - i / count for i in range(options.steps)]
     times = [least + (1 - least) * options.shift * t / (1 + (options.shift - 1) * t) for t in times] + [0.0]
     text, null = text.to(device), null.to(device)
-    jobs = [(row, options.seed + i) for row in range(len(text)) for i in range(options.num)]
+    jobs = [(row, options.seed + apart * row + i) for row in range(len(text)) for i in range(options.num)]
     pictures = []
     for first in range(0, len(jobs), options.batch_size):
         rows, seeds = zip(*jobs[first : first + options.batch_size])
@@ -2218,7 +2243,9 @@ def load_model(path, device):
     """
     weights, header = load_tensors(path)
     if header and header.get("system") != "dit_t2i":
-        raise UserError(f"{path} is a checkpoint of {header.get('system')}; name one of dit_t2i.py's")
+        raise UserError(
+            f"{path} is a checkpoint of {header.get('system', 'another program')}; name one of dit_t2i.py's"
+        )
     try:
         if not header:
             weights = weights.get("ema_model", weights)
@@ -2282,8 +2309,8 @@ def sample_command(options):
             print(f"warning: {line}", file=sys.stderr)
     channels, stride = header["latent"][0], vae.stride if vae else 1
     size = options.size or header["latent"][1] * stride
-    if size % (stride * config.patch_size):
-        raise UserError(f"--size {size} is no multiple of {stride * config.patch_size}")
+    if size % (step := stride * math.lcm(config.patch_size, getattr(vae, "patch", 1))):
+        raise UserError(f"--size {size} is no multiple of {step}")
     if common.pick_precision(options.precision, device) == "bf16":
         model = model.bfloat16()  # once, instead of at every step
     vae = vae.to(device) if vae else None
@@ -2362,14 +2389,17 @@ def evaluate_command(options):
     device = common.pick_device(options.device)
     model, config, header = load_model(common.find_weights(options.weights, "dit_t2i"), device)
     if config.data != "emoji":
-        raise UserError(f"these weights learned {config.data}; evaluate knows what is right for --data emoji only")
+        learned = config.stream or config.data
+        what = f"these weights learned {learned}, and evaluate knows what is right for --data emoji only"
+        raise UserError(f"{what}; name such weights, e.g. --weights weights/dit_t2i.safetensors")
     encoder, vae = load_partners(options, config, header)
     known = EmojiSet(config.image_size)
     options = dataclasses.replace(options, cfg=config.cfg if options.cfg is None else options.cfg)
     pairs = [(colour, thing) for thing in HELD_OUT for colour in HUES]
     text = encoder([f"a {colour} {thing}" for colour, thing in pairs])
     channels, size = header["latent"]
-    rgb = to_rgb(vae, sample(model, options, text, encoder([""]), (channels, size, size))).cpu()
+    drawn = sample(model, options, text, encoder([""]), (channels, size, size), apart=options.num)
+    rgb = to_rgb(vae, drawn).cpu()
     common.save_picture(common.make_grid(common.to_uint8(rgb), len(HUES) * options.num), options.out)
     wanted = [pair for pair in pairs for _ in range(options.num)]
     hues = sum(seen == colour for seen, (colour, _) in zip(colour_seen(rgb), wanted))

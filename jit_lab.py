@@ -86,10 +86,14 @@ class Config(common.TrainConfig):
     time_std: float = option(1.0, "its spread", low=0.0)
     noise_scale: float = option(1.0, "standard deviation of the noise; JiT takes 2 at 512 pixels", low=0.01)
     lab_noise: tuple[float, ...] = option(
-        (1.0, 1.0, 1.0), "the same in L*, a* and b* each, times --noise-scale", low=0.01
+        (1.0, 1.0, 1.0), "in --space lab the same in L*, a* and b* each, times --noise-scale", low=0.01
     )
-    eps_train: float = option(0.05, "least 1 - t that a training velocity is divided by", low=1e-6, high=1.0)
-    eps_sample: float = option(0.01, "the same of a sampling velocity, but in the last step", low=1e-6, high=1.0)
+    eps_train: float = option(
+        0.05, "least 1 - t that a training velocity is divided by, and with --predict eps least t", low=1e-6, high=1.0
+    )
+    eps_sample: float = option(
+        0.01, "least 1 - t that a sampling velocity is divided by, the last step apart", low=1e-6, high=1.0
+    )
     # Optimizer (Part 5)
     optimizer: str = option(
         "adamw",
@@ -99,11 +103,13 @@ class Config(common.TrainConfig):
 
 
 PRESETS = {
-    # A picture's lightness fills its scale and its chroma does not: noise of 1 buries colour until the last steps.
-    # These are about what noise of 1 in RGB comes to. Since they leave more to be seen at any t, times lie nearer to
-    # the noise. From 70,000 pictures Muon and a straight fall of the learning rate learn about what AdamW and a cosine
-    # learn from 120,000; an average of the weights as long as theirs would lag behind. Muon's own share of a step is as
-    # large for a crop as for a whole picture, so whole pictures, the better teachers, come oftener than in the post.
+    # lab_noise: a picture's lightness fills its scale and its chroma does not, so that noise of 1 buries colour until
+    # the last steps; these values are about what noise of 1 in RGB comes to in L*, a* and b*.
+    # time_mean: since such noise leaves more to be seen at any t, times lie nearer to t = 0.
+    # optimizer, decay: from 70,000 pictures Muon and a straight fall of the learning rate learn about what AdamW and a
+    # cosine learn from 120,000. ema: an average of the weights as long as theirs would lag behind.
+    # full_image_prob: Muon's own share of a step is as large for a crop as for a whole picture, so whole pictures, the
+    # better teachers, come oftener than in the post.
     "demo": dict(
         minutes=10.0,
         full_image_prob=0.7,
@@ -114,7 +120,8 @@ PRESETS = {
         ema=0.995,
     ),
     # The post's own: 1,280 epochs of 10,000 pictures at batch 256 are 50,000 steps. It trains in fp16, which is
-    # --precision fp16 here; it is silent on the time law, EMA, betas and decay, which are JiT's here.
+    # --precision fp16 here; it is silent on the time law, EMA, betas and decay, which are JiT's here; the warm-ups of
+    # learning rate and EMA and the clipping of gradients are ours.
     "paper": dict(
         steps=50_000,
         batch_size=256,
@@ -299,9 +306,9 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     """w3(silu(x1) * x2) with x1, x2 = w12(x) (Shazeer 2020). Two thirds of the width pays for the gate."""
 
-    def __init__(self, hidden_size, mlp_ratio=4.0):
+    def __init__(self, hidden_size):
         super().__init__()
-        inner = int(int(hidden_size * mlp_ratio) * 2 / 3)
+        inner = int(4 * hidden_size * 2 / 3)
         self.w12 = nn.Linear(hidden_size, 2 * inner)
         self.w3 = nn.Linear(inner, hidden_size)
 
@@ -413,7 +420,8 @@ class JiT(nn.Module):
 
     def forward(self, x_t, t, y, top_idx=0, left_idx=0):
         p, (batch, channels, height, width) = self.patch_size, x_t.shape
-        if height % p or width % p or top_idx + height // p > self.grid or left_idx + width // p > self.grid:
+        ends = top_idx + height // p, left_idx + width // p
+        if height % p or width % p or min(top_idx, left_idx) < 0 or max(ends) > self.grid:
             at = f"{height} x {width} pixels at patch ({top_idx}, {left_idx})"
             raise ValueError(f"{at} do not fit a grid of {self.grid} x {self.grid} patches of {p}")
         rows = torch.arange(top_idx, top_idx + height // p, device=x_t.device)
@@ -526,7 +534,6 @@ def train(config):
     model = build_model(config)
     run = Run(config, "jit_lab")
     data, skipped = load_dataset(config)
-    run.tell_skipped(skipped)
     run.header = {"data": [len(data.rgb), common.checksum(data.rgb)]}
     ema = copy.deepcopy(model).eval()
     trained = common.parallelize(config, model, ema, device, lambda net: net.blocks)
@@ -536,6 +543,7 @@ def train(config):
     if common.worth_compiling(config, device):
         for block in model.blocks:  # one block, compiled once for crops of any size, serves all
             block.compile(dynamic=True)
+    run.tell_skipped(skipped)
     print(run.banner(model, device, precision, f"{len(data.rgb):,} pictures, {int(data.in_color.sum()):,} in colour"))
 
     with run.clock():
@@ -557,10 +565,10 @@ def train(config):
 
             common.optimizer_step(config, run, model, ema, optimizer, scaler, torch.cat(costs), torch.cat(times))
             pictures, checkpoint = run.due()
-            if pictures:
-                run.save_samples(sample(ema, config, DrawConfig(num=25, steps=25, precision=precision)))
             if checkpoint:
                 run.save(model, ema, optimizer, scaler)
+            if pictures:
+                run.save_samples(sample(ema, config, DrawConfig(num=25, steps=25, precision=precision)))
     return run.farewell()
 
 
@@ -599,27 +607,28 @@ def sample(model, config, options, watch=None):
     """Draw options.num pictures -> (num, 3, S, S) RGB in [0, 1], from noise at t = 0 to data at t = 1.
 
     Picture i depends on the seed options.seed + i only. Guidance: 1 = conditional, 0 = unconditional, above 1 = guided
-    (Ho & Salimans 2022, eq. 6). watch(x, t) sees the states of the first batch.
+    (Ho & Salimans 2022, eq. 6; of x_hat, which comes to the same). watch(x, t) sees the states of the first batch.
     """
     device = next(model.parameters()).device
     precision = common.pick_precision(options.precision, device)
     times = [i / options.steps for i in range(options.steps + 1)]
 
-    def model_velocity(x_t, t, y):
+    def predict(x_t, t, y):
         with autocast(device, precision):
             output = model(x_t, t, y)
-        x_hat = predicted_data(config, output, x_t, t)
-        # The last step lands exactly on x_hat, which is what the post returns, for any number of steps.
-        eps = config.eps_sample if t < times[-2] else 1 / options.steps
-        return velocity(x_hat.clamp(-1, 1) if options.clamp else x_hat, x_t, t, eps)
+        return predicted_data(config, output, x_t, t)
 
     def guided_velocity(x_t, t):
         y = torch.full((len(x_t),), options.label, device=device)
         if options.cfg == 1:
-            return model_velocity(x_t, t, y)
-        both = torch.cat((y, torch.full_like(y, config.num_classes)))
-        with_label, without = model_velocity(torch.cat((x_t, x_t)), t, both).chunk(2)
-        return without + options.cfg * (with_label - without)
+            x_hat = predict(x_t, t, y)
+        else:
+            both = torch.cat((y, torch.full_like(y, config.num_classes)))
+            with_label, without = predict(torch.cat((x_t, x_t)), t, both).chunk(2)
+            x_hat = without + options.cfg * (with_label - without)
+        # The last step lands exactly on x_hat, which is what the post returns, for any number of steps.
+        eps = config.eps_sample if t < times[-2] else 1 / options.steps
+        return velocity(x_hat.clamp(-1, 1) if options.clamp else x_hat, x_t, t, eps)
 
     pictures, last = [], options.seed + options.num
     for first in range(options.seed, last, options.batch_size):
@@ -733,8 +742,10 @@ class Lpips(nn.Module):
         lpips, (trunk, _), (linear, _) = cls(), common.load_tensors(alexnet), common.load_tensors(heads)
         trunk = {name: tensor for name, tensor in trunk.items() if str(name).startswith("features.")}
         common.load_into(lpips.features, {name.removeprefix("features."): t for name, t in trunk.items()}, alexnet)
-        weights = {str(k): linear.get(f"lin{k}.model.1.weight", torch.empty(0)).flatten() for k in range(5)}
-        common.load_into(lpips.heads, weights, heads)
+        names = [f"lin{k}.model.1.weight" for k in range(5)]
+        if missing := [name for name in names if name not in linear]:
+            raise UserError(f"{heads} holds no {missing[0]}; it should be LPIPS' heads for AlexNet, its v0.1/alex.pth")
+        common.load_into(lpips.heads, {str(k): linear[name].flatten() for k, name in enumerate(names)}, heads)
         return lpips.eval()
 
     def describe(self, rgb):
@@ -787,8 +798,8 @@ class NoveltyConfig(DrawConfig):
     data: str = option(
         "", "training pictures, a folder or drawn (default: what the checkpoint was trained on, all in colour)"
     )
-    alexnet: str = option("", "torchvision's AlexNet weights, for LPIPS")
-    lpips: str = option("", "LPIPS' linear heads for AlexNet")
+    alexnet: str = option("", "torchvision's AlexNet weights, alexnet-owt-7be5be79.pth, for LPIPS")
+    lpips: str = option("", "LPIPS' linear heads for AlexNet, its package's weights/v0.1/alex.pth")
     out: str = option(
         "samples/jit_lab_novelty.png", "sheet of pairs; a .csv of the distances lies beside it", picture="still"
     )

@@ -80,8 +80,8 @@ class VAEConfig(common.TrainConfig):
 
 @dataclasses.dataclass
 class Config(VAEConfig):
-    """The demo's values for both stages. --minutes, --steps, --batch-size, --lr and --grad-accum are the denoiser's;
-    those of the VAE, which comes first, begin with vae."""
+    """The demo's values for both stages. --minutes, --steps, --batch-size, --lr and --grad-accum are the denoiser's,
+    and those of the VAE, which comes first, begin with vae (it accumulates nothing). All others are of both."""
 
     out: str = option("", f"run folder (default: {RUN})")
     vae: str = option(
@@ -147,7 +147,7 @@ def load_data(config, unseen=()):
     held_out = [i for i, name in enumerate(names) if name in unseen]
     if len(held_out) in (0, len(names)):
         count = max(1, min(500, len(names) // 50))
-        held_out = torch.randperm(len(names), generator=generator(config.seed, 7))[:count].tolist()
+        held_out = sorted(torch.randperm(len(names), generator=generator(config.seed, 7))[:count].tolist())
     chosen = sorted(set(range(len(names))) - set(held_out))
     return pictures[chosen], pictures[held_out], [names[i] for i in held_out], skipped
 
@@ -223,7 +223,7 @@ def global_decoder(channels, width):
 class VAE(nn.Module):
     """Pictures (B, 3, H, W) in [-1, 1] <-> latents (B, channels, H/8, W/8), sides multiples of 8.
 
-    `mean` and `std`, of each latent channel over the training set, are measured when a checkpoint is written.
+    `mean` and `std`, of each latent channel over the VAE's own training set, are measured when a checkpoint is written.
     """
 
     def __init__(self, channels=8, width=64, encoder_depth=1, decoder="local"):
@@ -261,7 +261,8 @@ class VAE(nn.Module):
         return self.decode(mean + (logvar / 2).exp() * noise), mean, logvar
 
     def normalise(self, latent, inverse=False):
-        """A latent as the VAE speaks it -> as the denoiser sees it, each channel of mean 0 and deviation 1; or back."""
+        """A latent as the VAE speaks it -> as the denoiser sees it, each channel of mean 0 and deviation 1 over
+        the VAE's training set, and of about that over any other; or back."""
         mean, std = self.mean[:, None, None], self.std[:, None, None]
         return latent * std + mean if inverse else (latent - mean) / std
 
@@ -576,11 +577,11 @@ def train_vae(config):
             common.optimizer_step(config, run, model, ema, optimizer, scaler, costs, torch.zeros(len(costs)))
 
             show, checkpoint = run.due()
-            if show:
-                run.save_samples(beside(ema, held_out[:8] / 127.5 - 1))
             if checkpoint:
                 measure_latents(ema, pictures)
                 run.save(System(model), System(ema), optimizer, scaler)
+            if show:
+                run.save_samples(beside(ema, held_out[:8] / 127.5 - 1))
     if not run.interrupted:
         print(f"PSNR of {len(held_out)} held-out pictures: {psnr(ema, held_out).mean():.1f} dB")
     return run.farewell()
@@ -619,7 +620,8 @@ def encode(vae, x):
 @torch.no_grad()
 def decode(vae, latent):
     """Latents (B, C, h, w) as the VAE speaks them -> RGB (B, 3, 8h, 8w) in [0, 1], on the CPU."""
-    parts = [vae.decode(part.to(vae.mean.device)).cpu() for part in latent.split(32)]
+    at_once = max(1, 12_800 // latent[0, 0].numel())  # 32 pictures of 160 x 160 pixels, so that any size fits
+    parts = [vae.decode(part.to(vae.mean.device)).cpu() for part in latent.split(at_once)]
     return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
 
 
@@ -651,8 +653,13 @@ def first_stage(config, begun):
         own = {field.name: getattr(config, field.name) for field in dataclasses.fields(VAEConfig)}
         own |= {name: getattr(config, f"vae_{name}") for name in ("minutes", "steps", "batch_size", "lr")}
         resume = (path / "state.safetensors").exists()
-        if train_vae(FirstStage(**own | {"out": str(path), "resume": resume, "grad_accum": 1})):
-            return None
+        try:
+            if train_vae(FirstStage(**own | {"out": str(path), "resume": resume, "grad_accum": 1})):
+                return None
+        except UserError as problem:
+            raise UserError(
+                f"{problem}; or keep the VAE that is there with --vae {path}" if resume else problem
+            ) from None
     vae, _, header = read_checkpoint(path / "model.safetensors" if path.is_dir() else path)
     return vae, header
 
@@ -665,6 +672,7 @@ def train(config):
     begun = [(folder / "state.safetensors").exists() for folder in (Path(config.out or RUN), vae_folder(config))]
     if config.resume and not config.vae and begun == [False, True]:  # what is to be resumed is the first stage
         config = dataclasses.replace(config, resume=False)
+        (Path(config.out or RUN) / "log.csv").unlink(missing_ok=True)  # of a denoiser that never reached a checkpoint
     run = Run(config, "serpentine_vae")  # a folder that will not do should say so before the first stage
     if alphas_bar(config.levels)[-1] > 0.01:
         print(f"warning: {config.levels} levels do not end in noise, where sampling begins; take 1001", file=sys.stderr)
@@ -672,8 +680,8 @@ def train(config):
     if first is None:
         return 130
     vae, told = first
-    sizes = {name: told["config"][name] for name in ("channels", "vae_width", "encoder_depth", "decoder")}
-    config = dataclasses.replace(config, **sizes)
+    of_vae = "channels", "vae_width", "encoder_depth", "decoder", "slope_weight", "kl_weight"
+    config = dataclasses.replace(config, **{name: told["config"][name] for name in of_vae})
     run = Run(config, "serpentine_vae")
     pictures, _, names, skipped = load_data(config, told["held_out"])
     vae.to(device).requires_grad_(False)
@@ -681,7 +689,7 @@ def train(config):
     latents = [[vae.normalise(encode(vae, x / 127.5 - 1).to(device)).cpu() for x in way.split(50)] for way in ways]
     latents = [torch.cat(parts) for parts in latents]  # (N, C, S/8, S/8), all in memory: smaller than the pictures
     run.header = {"pictures": [len(pictures), common.checksum(pictures)], "held_out": names}
-    run.header["vae"] = common.fingerprint(vae)
+    run.header |= {"vae": common.fingerprint(vae), "range": latents[0].abs().max().item()}
 
     torch.manual_seed(config.seed)
     model = Denoiser(config.channels, config.width, config.multipliers, config.depth)
@@ -690,7 +698,6 @@ def train(config):
     optimizer, scaler = common.make_optimizer(config, model, device)
     if run.resume:
         run.load(model, System(vae, ema), optimizer, scaler)
-    run.header["range"] = latents[0].abs().max().item()
     compile_blocks(config, model, device)
     run.tell_skipped(skipped)
     print(run.banner(model, device, precision, f"denoiser on the latents of {len(pictures):,} pictures"))
@@ -711,12 +718,12 @@ def train(config):
             common.optimizer_step(config, run, model, ema, optimizer, scaler, torch.cat(costs), torch.cat(times))
 
             show, checkpoint = run.due()
+            if checkpoint:
+                run.save(model, System(vae, ema), optimizer, scaler)
             if show:
                 drawing = DrawConfig(num=25, steps=min(50, config.levels - 1), precision=precision)
                 drawn = sample(vae, ema, drawing, run.settings(), latents[0].shape[1:])
                 run.save_samples(decode(vae, drawn))
-            if checkpoint:
-                run.save(model, System(vae, ema), optimizer, scaler)
     return run.farewell()
 
 
@@ -755,7 +762,7 @@ def load(path):
 
 
 def load_both(options):
-    """(VAE, Denoiser, header) from the checkpoint that options.weights names, else the newest run's, else the one that
+    """(VAE, Denoiser, header) from the checkpoint that options.weights names, else the default run, else the one that
     came with the code; both on options.device. Raises UserError."""
     path = common.find_weights(options.weights, "serpentine_vae")
     vae, denoiser, header = read_checkpoint(path)
@@ -873,7 +880,6 @@ class InpaintConfig(DrawConfig):
     repeat: int = option(5, "how often each stride is made, so that old and new agree; the write-up: 1", low=1)
     composite: bool = option(False, "put the original's kept pixels over the result, which the VAE only comes close to")
     num: int = option(2, "pictures to make", low=1)
-    steps: int = option(50, "strides from noise to picture, up to N - 1", low=1)
     out: str = option(
         "samples/inpainted.png",
         "PNG of the results; beside it come .gif, the way there, and -sheet.png",
@@ -970,7 +976,8 @@ def open_mask(path, height, width, invert=False):
     mask = mask.point(lambda value: 255 * ((value >= 128) != invert))
     if mask.size != (width, height):
         sizes = f"the mask is {mask.width} x {mask.height} pixels, the picture {width} x {height}"
-        if 2 * abs(mask.width * height - mask.height * width) > max(mask.width, width):  # half a pixel is rounding
+        off = 2 * abs(mask.width * height - mask.height * width)
+        if off > max(width + height, mask.width + mask.height):  # more than half a pixel, which is rounding, either way
             raise UserError(f"{sizes}; bring them to one shape")
         print(f"warning: {sizes}; the mask is resized", file=sys.stderr)
         mask = mask.resize((width, height), Image.Resampling.BOX)  # all that a pixel covers must be kept
@@ -1026,7 +1033,7 @@ class ReconstructConfig(LoadConfig):
 
 def held_out_pictures(data, header):
     """(pictures (N, 3, S, S) uint8, a word for them) of `data`, "drawn" or a folder: those that the checkpoint's
-    training held out or, where it held out none of them, all. Raises UserError."""
+    training held out or, where they are not all there, every one. Raises UserError."""
     data = data or header["config"]["data"]
     if data != "drawn" and not Path(data).is_dir():
         raise UserError(f"no folder {data}; name one of pictures with --data, or drawn")
@@ -1034,7 +1041,9 @@ def held_out_pictures(data, header):
     common.tell_skipped(skipped)
     unseen = set(header["held_out"])
     places = [i for i, name in enumerate(names) if name in unseen]
-    return (pictures[places], "held-out pictures") if places else (pictures, "pictures, all that are there")
+    if not unseen or len(places) < len(unseen):  # another folder, in which such names as 00001.png mean something else
+        return pictures, "pictures, all that are there"
+    return pictures[places], "held-out pictures"
 
 
 def reconstruct_command(options):
@@ -1287,7 +1296,13 @@ def schedule_command(options):
 # Command line
 
 VERBS = {
-    "train": (train, Config, PRESETS, "both stages, or the second, e.g. python serpentine_vae.py train --data DIR"),
+    "train": (
+        train,
+        Config,
+        PRESETS,
+        "both stages, or the second, e.g. python serpentine_vae.py train --data DIR; --minutes, --steps, --batch-size "
+        "and --lr are the second's, the denoiser's; those of the first, the VAE, begin with --vae",
+    ),
     "train-vae": (train_vae, VAEConfig, VAE_PRESETS, "the first stage alone, e.g. train-vae --minutes 10"),
     "sample": (sample_command, SampleConfig, None, "draw pictures, e.g. python serpentine_vae.py sample --num 16"),
     "inpaint": (

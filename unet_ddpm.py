@@ -24,6 +24,7 @@ import dataclasses
 import difflib
 import functools
 import html
+import importlib.util
 import itertools
 import json
 import math
@@ -139,6 +140,8 @@ def encode_folder(options, vae=None):
     device = common.pick_device(options.device)
     precision = common.pick_precision(options.precision, device)
     vae = (vae or common.load_vae(options.vae)).to(device)
+    if options.image_size % (cell := vae.stride * getattr(vae, "patch", 1)):
+        raise UserError(f"--image-size {options.image_size} is no multiple of {cell}, as this autoencoder wants it")
     paths = common.picture_paths(options.data)
     about = {"vae": common.fingerprint(vae), "image_size": options.image_size}
     # The default name tells folders apart that are called the same, and what was made of one with different VAEs or
@@ -205,7 +208,8 @@ def load_data(config):
         if config.data == "drawn":
             raise UserError("--vae wants pictures large enough for its latents; name a folder with --data")
         if common.world() > 1:
-            raise UserError("encode the folder first, in one process: python unet_ddpm.py encode --data ... --vae ...")
+            how = "python unet_ddpm.py encode --data ... --vae ..., then the folder that it prints as --data"
+            raise UserError(f"encode the folder first, in one process: {how}")
         vae = common.load_vae(config.vae)
         with torch.device("meta"):  # sizes that do not go together should be told before hours of encoding
             build_model(config, vae.latent_channels, config.image_size // vae.stride)
@@ -228,9 +232,9 @@ def load_data(config):
     return Pixels(pictures, names, tags, config.fold, config.flip), skipped
 
 
-def choose(config, data, base):
+def choose(config, data, new=()):
     """The stage's part of the data -> (numbers of the pictures to train on, names of all others, which go into the
-    checkpoint). base: for stage finetune, the header of the run that it starts from.
+    checkpoint). new: for stage finetune, names of what its base has never seen.
 
     Raises UserError where a tag is unknown or nothing is left.
     """
@@ -239,16 +243,15 @@ def choose(config, data, base):
         unwanted = set()
     elif config.stage == "exclude":
         tags, known = set(config.exclude_tags), {tag for tags in data.tags for tag in tags}
-        if not tags:
-            raise UserError('--stage exclude wants tags, such as --exclude-tags "red hair" "blue hair"')
-        for tag in sorted(tags - known):
-            near = difflib.get_close_matches(tag, known, 3, 0.4)
-            raise UserError(f"no picture bears the tag {tag!r}" + (f"; near it are {', '.join(near)}" if near else ""))
+        if strangers := sorted(tags - known):
+            near = difflib.get_close_matches(strangers[0], known, 3, 0.4)
+            hint = f"; near it are {', '.join(near)}" if near else ""
+            raise UserError(f"no picture bears the tag {strangers[0]!r}{hint}")
         unwanted = {name for name, own in zip(names, data.tags) if not tags.isdisjoint(own)}
         if len(unwanted) == len(names):
             raise UserError("every picture bears one of --exclude-tags: nothing is left to train on; name fewer")
     else:
-        unwanted = set(names) - set(base["left_out"])
+        unwanted = set(names) - set(new)
     return [i for i, name in enumerate(names) if name not in unwanted], sorted(unwanted)
 
 
@@ -259,8 +262,6 @@ SAME_FIELDS = ["image_size", "fold", "objective", "predict", *MODEL_FIELDS]
 
 def start_of(config, data):
     """The checkpoint that is finetuned: (weights, header). Raises UserError if it does not go with config or data."""
-    if not config.start:
-        raise UserError("--stage finetune wants a run of stage exclude, such as --from runs/base")
     path = Path(config.start) / "model.safetensors"
     weights, header = load_tensors(path)
     if not header or header.get("system") != "unet_ddpm":
@@ -416,7 +417,7 @@ def double(x):
     return F.interpolate(x, scale_factor=2, mode="nearest")
 
 
-class Stage(nn.Sequential):
+class TimedSequential(nn.Sequential):
     """Layers one after the other; those that want the time get it."""
 
     def forward(self, x, emb):
@@ -475,18 +476,20 @@ class UNetModel(nn.Module):
         # Down: at each resolution blocks of the same width, then half the size. What each leaves behind is a skip.
         widths = [int(model_channels * mult) for mult in channel_mult]
         width, size, skips = widths[0], image_size, [widths[0]]
-        self.input_blocks = nn.ModuleList([Stage(Conv(in_channels, width))])
+        self.input_blocks = nn.ModuleList([TimedSequential(Conv(in_channels, width))])
         for level, level_width in enumerate(widths):
             for _ in range(num_res_blocks):
-                self.input_blocks.append(Stage(block(width, level_width), *attention_at(size, level_width)))
+                self.input_blocks.append(TimedSequential(block(width, level_width), *attention_at(size, level_width)))
                 width = level_width
                 skips.append(width)
             if level < len(widths) - 1:
-                self.input_blocks.append(Stage(block(width, width, halve) if resblock_updown else Downsample(width)))
+                self.input_blocks.append(
+                    TimedSequential(block(width, width, halve) if resblock_updown else Downsample(width))
+                )
                 skips.append(width)
                 size //= 2
 
-        self.middle_block = Stage(block(width, width), attend(width), block(width, width))
+        self.middle_block = TimedSequential(block(width, width), attend(width), block(width, width))
 
         # Up: the mirror image, one block more at each resolution, since each takes in one skip, last in first out.
         self.output_blocks = nn.ModuleList()
@@ -497,7 +500,7 @@ class UNetModel(nn.Module):
                 if level and i == num_res_blocks:
                     layers.append(block(width, width, double) if resblock_updown else Upsample(width))
                     size *= 2
-                self.output_blocks.append(Stage(*layers))
+                self.output_blocks.append(TimedSequential(*layers))
         self.out = nn.Sequential(norm(width), nn.SiLU(), zero(Conv(width, out_channels)))
         self.to(memory_format=torch.channels_last)
 
@@ -506,18 +509,18 @@ class UNetModel(nn.Module):
         if self.label_emb is not None:
             emb = emb + self.label_emb(y)
 
-        def run(stage, x):
-            if self.checkpointing and self.training:  # forget what lies within a stage, compute it again going back
-                return checkpoint(stage, x, emb, use_reentrant=False)
-            return stage(x, emb)
+        def run(block, x):
+            if self.checkpointing and self.training:  # forget what lies within a block, compute it again going back
+                return checkpoint(block, x, emb, use_reentrant=False)
+            return block(x, emb)
 
         skips = []  # channels-last weights make channels-last maps
-        for stage in self.input_blocks:
-            x = run(stage, x)
+        for block in self.input_blocks:
+            x = run(block, x)
             skips.append(x)
         x = run(self.middle_block, x)
-        for stage in self.output_blocks:
-            x = run(stage, torch.cat((x, skips.pop()), dim=1))
+        for block in self.output_blocks:
+            x = run(block, torch.cat((x, skips.pop()), dim=1))
         with torch.autocast(x.device.type, enabled=False):  # a rounded answer would be too coarse where all is noise
             return self.out(x.to(self.out[2].weight.dtype))
 
@@ -583,30 +586,36 @@ def build_model(config, channels, size):
     return model
 
 
-def stages(model):
+def blocks(model):
     """The parts that forward() runs one after the other, but for the embedding of the time and the last layer."""
     return *model.input_blocks, model.middle_block, *model.output_blocks
 
 
-def compile_stages(model):
-    """Fuse what lies within each stage: norms, silu, scale and shift become one pass over the map."""
-    torch._dynamo.config.recompile_limit = 64  # all stages share one forward(), and each needs it compiled anew
-    for stage in stages(model):
-        stage.compile(dynamic=False)
+def compile_blocks(model):
+    """Fuse what lies within each block: norms, silu, scale and shift become one pass over the map."""
+    torch._dynamo.config.recompile_limit = 64  # all blocks share one forward(), and each needs it compiled anew
+    for block in blocks(model):
+        block.compile(dynamic=False)
+
+
+def settle_optimizer(config, device):
+    """config with --optimizer auto decided, so that the run's record says which it was."""
+    if config.optimizer != "auto":
+        return config
+    eight = device.type == "cuda" and not config.fsdp and importlib.util.find_spec("torchao")
+    return dataclasses.replace(config, optimizer="adamw8bit" if eight else "adamw")
 
 
 def make_optimizer(config, model, device):
     """AdamW and the scaler that fp16 needs; the write-up's 8-bit AdamW where it is asked for. Raises UserError where
     what that needs is missing."""
     optimizer, scaler = common.make_optimizer(config, model, device)
-    if config.fsdp and config.optimizer == "adamw8bit":
-        raise UserError("--optimizer adamw8bit does not go with --fsdp; take adamw")
-    if config.optimizer == "adamw8bit" or (config.optimizer == "auto" and device.type == "cuda" and not config.fsdp):
+    if config.optimizer == "adamw8bit":
+        if config.fsdp:
+            raise UserError("--optimizer adamw8bit does not go with --fsdp; take adamw")
         try:
             from torchao.optim import AdamW8bit
         except ImportError:
-            if config.optimizer == "auto":
-                return optimizer, scaler
             raise UserError("--optimizer adamw8bit needs a package that is not here: pip install torchao") from None
         if device.type == "cpu" and not common.has_compiler():
             raise UserError(
@@ -620,18 +629,27 @@ def make_optimizer(config, model, device):
 def train(config):
     """Train from nothing, or go on with --resume; what is left behind is a run folder. Raises UserError."""
     device, precision = common.set_up(config)
-    for given, stage, flag in (
-        (config.exclude_tags, "exclude", "--exclude-tags"),
-        (config.start, "finetune", "--from"),
+    config = settle_optimizer(config, device)
+    for given, stage, flag, wanted in (
+        (config.exclude_tags, "exclude", "--exclude-tags", 'tags, such as --exclude-tags "red hair" "blue hair"'),
+        (config.start, "finetune", "--from", "a run of stage exclude, such as --from runs/base"),
     ):
         if given and config.stage != stage:
             raise UserError(f"{flag} goes with --stage {stage}; add it, or leave {flag} out")
+        if config.stage == stage and not given:
+            raise UserError(f"--stage {stage} wants {wanted}")
     if config.objective == "flow" and config.predict != "eps":
         raise UserError(f"--predict {config.predict} goes with --objective ddpm; add it, or leave --predict out")
     run = Run(config, "unet_ddpm")
     data, skipped = load_data(config)
-    weights, base = start_of(config, data) if config.stage == "finetune" else (None, None)
-    chosen, left_out = choose(config, data, base)
+    weights, new = None, ()
+    if config.stage == "finetune" and run.resume:  # the run knows itself what was new, and needs its base no more
+        told = load_tensors(run.state_path, header_only=True)[1] or {}
+        new = set(data.names) - set(told.get("left_out", ()))
+    elif config.stage == "finetune":
+        weights, base = start_of(config, data)
+        new = base["left_out"]
+    chosen, left_out = choose(config, data, new)
     some = data.batch(chosen[:: max(1, len(chosen) // 256)])
     channels, size = some.shape[1:3]
     run.header = data.header | {"latent": [channels, size], "range": some.abs().max().item(), "left_out": left_out}
@@ -641,14 +659,15 @@ def train(config):
     model = build_model(config, channels, size)
     if weights:
         load_into(model, weights, config.start)
-    run.tell_skipped(skipped)
+    del weights
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    trained = common.parallelize(config, model, ema, device, stages)
+    trained = common.parallelize(config, model, ema, device, blocks)
     optimizer, scaler = make_optimizer(config, model, device)
     if run.resume:
         run.load(model, ema, optimizer, scaler)
     if common.worth_compiling(config, device):
-        compile_stages(model)
+        compile_blocks(model)
+    run.tell_skipped(skipped)
     print(run.banner(model, device, precision, f"{len(chosen):,} pictures, {len(left_out):,} left out"))
     if config.stage == "finetune" and run.step == 0:
         run.keep(ema)  # where the curve of adaptation begins
@@ -672,11 +691,12 @@ def train(config):
 
             pictures, checkpoint = run.due()
             if pictures:
-                drawn = sample(ema, config, DrawConfig(num=25, steps=20, precision=precision), run.header)
-                run.save_samples(to_rgb(config, vae, drawn))
                 run.keep(ema)
             if checkpoint:
                 run.save(model, ema, optimizer, scaler)
+            if pictures:
+                drawn = sample(ema, config, DrawConfig(num=25, steps=20, precision=precision), run.header)
+                run.save_samples(to_rgb(config, vae, drawn))
     return run.farewell()
 
 
@@ -704,7 +724,9 @@ class DrawConfig:
         choices=("", *common.SOLVERS, "ddim", "ancestral"),
     )
     eta: float = option(0.0, "ddim: fresh noise in its steps, 0 none, 1 as much as ancestral", low=0.0, high=1.0)
-    clamp: bool | None = option(None, "DDPM: keep the data that each step predicts in the training data's range [yes]")
+    clamp: bool | None = option(
+        None, "DDPM: keep the data that each step predicts in the training data's range [where the checkpoint tells it]"
+    )
     seed: int = option(0, "picture i starts from the noise of seed + i", low=0, high=2**62)
     batch_size: int = option(64, "pictures at a time", low=1)
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
@@ -762,8 +784,8 @@ def check_solver(config, options, header):
         raise UserError(f"{why}; use {' or '.join(own)}")
     if options.eta and solver != "ddim":
         raise UserError(f"--eta goes with --solver ddim, not {solver}; leave it out")
-    if options.clamp and config.objective == "flow":
-        raise UserError("--clamp is for DDPM; leave it out")
+    if options.clamp is not None and config.objective == "flow":
+        raise UserError("--clamp and --no-clamp are for DDPM; leave them out")
     if options.clamp and "range" not in header:
         raise UserError("--clamp: these weights do not say how far their data reach; leave it out")
     return dataclasses.replace(options, solver=solver)
@@ -828,7 +850,8 @@ def load_model(path, options):
         settings = PRESETS["paper"] | learned
         header = {"system": "unet_ddpm", "latent": [channels, 32], "vae": [], "config": settings, "step": 0}
     if header.get("system") != "unet_ddpm":
-        raise UserError(f"{path} is a checkpoint of {header.get('system')}; name one of unet_ddpm.py's with --weights")
+        made_by = header.get("system", "another program")
+        raise UserError(f"{path} is a checkpoint of {made_by}; name one of unet_ddpm.py's with --weights")
     try:
         config = Config(**header["config"])
         config = dataclasses.replace(config, device=options.device, precision=options.precision)
@@ -997,6 +1020,7 @@ class EvaluateConfig(DrawConfig):
 def evaluate_command(options):
     """Print how far samples of a checkpoint are from the pictures that it was trained on."""
     model, config, header = load_model(common.find_weights(options.weights, "unet_ddpm"), options)
+    check_solver(config, options, header)  # before anything is encoded or measured
     device = next(model.parameters()).device
     config = dataclasses.replace(config, data=options.data or config.data, vae=options.vae or config.vae)
     vae = partner(config.vae, header, device)
@@ -1045,16 +1069,22 @@ class Trained:
 
     def by_training(self, distance):
         """[(training step, distance)] of the averaged weights that were kept at marked parts of the budget."""
-        marks = sorted(self.folder.glob("marks/step_*.safetensors"))
+        marks = [path for path in sorted(self.folder.glob("marks/step_*.safetensors")) if path.stem[5:].isdigit()]
         return [(int(path.stem[5:]), distance(self.draw(path, TRAINING_STEPS, distance.num))) for path in marks]
 
     def losses(self):
-        rows = csv.DictReader((self.folder / "log.csv").read_text().splitlines())
+        log = self.folder / "log.csv"
+        if not log.exists():
+            raise UserError(f"{self.folder} has no log.csv, of which the curve of its loss is drawn; bring it back")
+        rows = csv.DictReader(log.read_text().splitlines())
         whole = [row for row in rows if None not in row.values()]  # a last line may have been cut short
         return [(int(row["step"]), float(row["loss"])) for row in whole]
 
 
 MAY_DIFFER = "objective predict out minutes resume start device precision compile checkpoint_every".split()
+
+
+HEEDED = set("out device precision vae predict resume".split())  # of train's options, beside --flow or --ddpm
 
 
 def must_agree(runs):
@@ -1081,7 +1111,12 @@ def given_runs(config):
         raise UserError("compare is of both objectives; leave --objective out")
     if config.stage == "finetune":
         raise UserError("compare takes runs of stage finetune by --finetuned; train them first, one of each objective")
+    if config.fsdp:
+        raise UserError("compare draws in one process; leave --fsdp out")
     runs = {name: Trained(getattr(config, name), config) for name in LOSSES if getattr(config, name)}
+    plain = dataclasses.asdict(common.make_config(CompareConfig, {}, PRESETS))
+    if runs and (idle := common.differences(config, plain, {f.name for f in dataclasses.fields(Config)} - HEEDED)):
+        raise UserError(f"options of training do nothing beside a run that is there, which sets them; keep to {idle}")
     for name, run in runs.items():
         if run.config.objective != name:
             raise UserError(f"{run.folder} learned {run.config.objective}; name a run of {name} with --{name}")
@@ -1111,18 +1146,26 @@ def compare_command(config):
     out, settings = Path(config.out), Config(**{f.name: getattr(config, f.name) for f in dataclasses.fields(Config)})
     budget = dict(minutes=config.minutes and config.minutes / 2, steps=config.steps)
     for name in [name for name in LOSSES if name not in runs]:
-        for given in runs.values():  # the one that is there sets the measure
-            settings, budget = Config(**given.header["config"]), dict(minutes=None, steps=given.header["step"])
+        if runs:  # the one that is there sets the measure
+            told = next(iter(runs.values())).header
+            settings, budget = Config(**told["config"]), dict(minutes=None, steps=told["step"])
         folder = out / name
         begun = (folder / "state.safetensors").exists()
-        own = dict(objective=name, out=str(folder), resume=begun, device=config.device, vae=config.vae or settings.vae)
-        own |= dict(predict=config.predict if name == "ddpm" else "eps", fsdp=False)
+        own = dict(
+            objective=name,
+            out=str(folder),
+            resume=config.resume and begun,
+            device=config.device,
+            vae=config.vae or settings.vae,
+        )
+        own |= dict(predict=config.predict if name == "ddpm" else "eps")
         code = train(dataclasses.replace(settings, **budget | own))
         if code:
             return code
         runs[name] = Trained(folder, config)
     runs = {name: runs[name] for name in LOSSES}
     must_agree(list(runs.values()))
+    losses = {name: run.losses() for name, run in runs.items()}
 
     distance = runs["flow"].distance()
     rows, by_sampling, finest = [], {}, {}
@@ -1142,7 +1185,6 @@ def compare_command(config):
     if not config.inception:
         title = "Its finest level alone, which tells how sharp pictures are, by sampling steps"
         charts.append(Chart(title, finest, distance.floors[0]))
-    losses = {name: run.losses() for name, run in runs.items()}
     charts.append(Chart("Loss, of two different targets, by training steps", losses))
     if adapting:
         curves = {run.config.objective: run.by_training(near) for run in adapting}

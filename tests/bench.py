@@ -114,7 +114,7 @@ def unet_training_step(config, precision, device, compiled=False, channels=12, s
     if precision == "fp32":  # the plain way, as a peer would
         model.to(memory_format=torch.contiguous_format)
     if compiled:
-        unet_ddpm.compile_stages(model)
+        unet_ddpm.compile_blocks(model)
     x = torch.randn(config.batch_size, channels, size, size, device=device)
     noise, u = torch.randn_like(x), torch.rand(config.batch_size, device=device)
 

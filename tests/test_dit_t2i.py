@@ -900,8 +900,9 @@ def test_evaluation_counts_right_answers(emoji, weights, monkeypatch, capsys):
     common.save_tensors(weights, tensors, header)
     turned = []
 
-    def true_pictures(model, options, text, null, shape):
+    def true_pictures(model, options, text, null, shape, apart):
         pictures = []
+        assert apart == 2  # each pair has noise of its own
         for thing in ("dog", "owl"):
             rgba = emoji.rgba[emoji.names.index(thing)][None] / 255
             for colour in dit_t2i.HUES:
@@ -1055,6 +1056,15 @@ def test_prepared_shards_hold_what_the_encoders_say(prepare, partners, captioned
     assert torch.equal(flipped, latents.flip(-1))
 
 
+def test_prepared_captions_are_those_that_sampling_makes(prepare, partners):
+    """In float32, whatever the precision of the VAE: next to no number is rounded to another one."""
+    assert prepare("--precision", "bf16") == 0
+    data, clip = dit_t2i.ShardSet("shards"), dit_t2i.Clip(partners[1])
+    _, text = data.batch(range(29), common.Draw(29, 0))
+    expected = clip([data.caption(i) for i in range(29)]).bfloat16().float()
+    assert (text != expected).float().mean() < 0.01
+
+
 def test_prepare_goes_on_after_a_kill_with_nothing_done_twice(prepare, monkeypatch, tmp_path, capsys):
     saved = []
 
@@ -1091,12 +1101,30 @@ def test_prepare_looks_for_its_folder_before_it_encodes(prepare, tmp_path, monke
     assert prepare() == 2 and "cannot write into shards" in capsys.readouterr().err
 
 
+def other_clip(partners):
+    """The folder of a CLIP with other weights."""
+    folder = shutil.copytree(partners[1], partners[1].with_name("other-clip"))
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, folder / "model.safetensors")
+    return folder
+
+
 def test_training_and_sampling_from_shards(prepare, partners, tmp_path, capsys):
     assert prepare() == 0
     words = ["train", "--preset", "paper", "--data", "shards", "--out", "run", "--epochs", "2", "--batch-size", "8"]
     words += ["--patch-size", "1", "--depth", "1", "--num-heads", "2", "--head-dim", "8", "--device", "cpu"]
     assert dit_t2i.main([*words, "--text-dim", "768"]) == 2 and "is 64 wide" in capsys.readouterr().err
-    assert dit_t2i.main([*words, "--text-dim", "64", "--precision", "fp32"]) == 0
+    words += ["--text-dim", "64", "--precision", "fp32"]
+    assert (
+        dit_t2i.main([*words, "--clip", str(other_clip(partners))]) == 2
+        and "not the weights" in capsys.readouterr().err
+    )
+    assert dit_t2i.main(words) == 0
+    _, header = common.load_tensors(tmp_path / "run" / "model.safetensors")
+    assert (
+        header["config"]["image_size"] == 16 and header["config"]["encoder"] == "clip"
+    )  # the shards', not the preset's
+    assert dit_t2i.main([*words, "--epochs", "3", "--resume"]) == 0
     sampling = ["sample", "a red square", "--weights", "run/model.safetensors", "--steps", "2", "--num", "1"]
     assert dit_t2i.main([*sampling, "--clip", str(partners[1])]) == 2 and "--vae" in capsys.readouterr().err
     sampling += ["--vae", str(partners[0]), "--clip", str(partners[1])]

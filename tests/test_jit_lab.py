@@ -152,7 +152,7 @@ def test_eval_builds_no_graph_and_train_does(tiny_config):
     assert model.eval()(x.requires_grad_(), 0.5, y).requires_grad
 
 
-@pytest.mark.parametrize("side, top, left", [(16, 1, 0), (16, 0, 1), (10, 0, 0), (20, 0, 0)])
+@pytest.mark.parametrize("side, top, left", [(16, 1, 0), (16, 0, 1), (10, 0, 0), (20, 0, 0), (8, -1, 0), (8, 0, -1)])
 def test_picture_that_does_not_fit_the_grid_is_refused(tiny_config, side, top, left):
     model = jit_lab.build_model(tiny_config())
     with pytest.raises(ValueError, match="do not fit a grid of 4 x 4 patches of 4"):
@@ -390,6 +390,16 @@ def test_clamp_keeps_x_hat_in_range(tiny_config):
     assert (seen[-1] == 1).all()
 
 
+def test_clamp_keeps_the_guided_x_hat_in_range_too(tiny_config):
+    """1 with the label and 0.5 without come to 2 where guidance is 3, which is out of range, as neither of them is."""
+    config = tiny_config(space="rgb")
+    model = exact_model(config, lambda x_t, t, y: (0.5 + 0.5 * (y == 0)).view(-1, 1, 1, 1).expand_as(x_t))
+    for clamp, end in ((False, 2.0), (True, 1.0)):
+        seen = []
+        sample(model, config, [0], lambda x, t, seen=seen: seen.append(x), steps=2, cfg=3.0, clamp=clamp)
+        assert torch.allclose(seen[-1], torch.full_like(seen[-1], end), atol=1e-6)
+
+
 def test_eps_holds_every_step_back_but_the_last(tiny_config):
     """Where 1 - t counts as 1, a quarter of the way is a quarter of what is left."""
     config = tiny_config(space="rgb", eps_sample=1.0)
@@ -495,6 +505,14 @@ def lpips_files(tmp_path):
     torch.save(trunk, tmp_path / "alexnet.pth")
     save_file(heads, tmp_path / "heads.safetensors")
     return trunk, heads, (tmp_path / "alexnet.pth", tmp_path / "heads.safetensors")
+
+
+def test_files_that_are_not_those_of_lpips_are_named(tmp_path):
+    _, heads, files = lpips_files(tmp_path)
+    del heads["lin3.model.1.weight"]
+    save_file(heads, files[1])
+    with pytest.raises(UserError, match=r"heads.safetensors holds no lin3\.model\.1\.weight; it should be"):
+        jit_lab.Lpips.load(*files)
 
 
 def test_lpips_equals_its_formula(tmp_path):

@@ -18,11 +18,12 @@ import torch
 from conftest import ROOT, TINY, TINY_FLAGS
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import common
 import dit_t2i
 import jit_lab
+import serpentine_vae
 import unet_ddpm
 from common import UserError
 
@@ -311,6 +312,28 @@ def test_training_walks_from_noise_to_data_and_tells_each_crop_its_place(train, 
     monkeypatch.setattr(jit_lab.JiT, "forward", forward)
     train(tmp_path / "run", steps=30, noise_scale=2.0)
     assert all(abs(std - 2) < 0.2 for std in seen) and any(top != left for top, left in places)
+
+
+def test_what_goes_wrong_in_drawing_costs_no_step(folder, tmp_path, monkeypatch, capsys):
+    def draw(*arguments):
+        raise UserError("no memory for pictures")
+
+    monkeypatch.setattr(jit_lab, "sample", draw)
+    words = ["train", *TINY_FLAGS, "--data", str(folder), "--batch-size", "8", "--steps", "4", "--device", "cpu"]
+    assert jit_lab.main([*words, "--out", str(tmp_path / "run")]) == 2
+    assert "no memory for pictures" in capsys.readouterr().err
+    assert common.load_tensors(tmp_path / "run" / "state.safetensors", header_only=True)[1]["step"] == 4
+    monkeypatch.undo()
+    assert jit_lab.main([*words, "--out", f"{tmp_path}/run", "--resume"]) == 0
+
+
+def test_a_header_that_is_not_ours_is_none(tmp_path, capsys):
+    save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors", metadata={"config": "[1]"})
+    assert common.load_tensors(tmp_path / "x.safetensors") == ({"a": torch.zeros(1)}, None)
+    for module in (jit_lab, dit_t2i, unet_ddpm, serpentine_vae):
+        prompt = ["cat"] if module is dit_t2i else []
+        assert module.main(["sample", *prompt, "--weights", str(tmp_path / "x.safetensors")]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_full_disk_spares_the_last_checkpoint(folder, command, tmp_path, monkeypatch):

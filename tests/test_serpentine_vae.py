@@ -745,6 +745,21 @@ def test_what_the_vae_never_saw_the_denoiser_does_not_see_either(trained, pictur
     assert own != names[0]  # which its own seed would not have chosen
 
 
+def test_held_out_names_say_the_same_pictures_again_in_their_folder_alone(pictures, monkeypatch):
+    config = Config(**SMALL | dict(data=str(pictures), seed=3))
+    many = torch.arange(300)[:, None, None, None].expand(-1, 3, 32, 32)
+    names = [f"{pictures}/{i:03d}.png" for i in range(300)]
+    monkeypatch.setattr(common, "load_pictures", lambda data, size: (many, names, []))
+    first, unseen, held_out, _ = serpentine.load_data(config)
+    again = serpentine.load_data(dataclasses.replace(config, seed=4), held_out)
+    assert len(held_out) == 6 and torch.equal(again[0], first) and again[2] == held_out  # a resumed run compares them
+    header = {"config": {"data": str(pictures), "image_size": 32}, "held_out": held_out}
+    assert torch.equal(serpentine.held_out_pictures("", header)[0], unseen)
+    some = header | {"held_out": [*held_out, "1000.png"]}
+    assert len(serpentine.held_out_pictures("", some)[0]) == 300
+    assert len(serpentine.held_out_pictures("", header | {"held_out": []})[0]) == 300
+
+
 def test_limit_keeps_what_each_step_predicts_in_range():
     vae, denoiser = small_vae(), small_denoiser()
     vae.mean.zero_(), vae.std.fill_(1.0)
@@ -780,6 +795,40 @@ def test_a_denoiser_that_has_begun_goes_on_with_its_own_vae(trained, pictures, t
     assert common.load_tensors(tmp_path / "run-vae" / "model.safetensors")[1]["step"] < 50
     after = serpentine.load(tmp_path / "run" / "model.safetensors")[0].state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_vae_that_is_done_stays_though_the_denoiser_begins_anew(trained, pictures, tmp_path):
+    """Killed before its first checkpoint, it has left a log; and another option for it does not suit the VAE's run."""
+    shutil.copytree(trained.parent / "tiny-vae", tmp_path / "run-vae")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.csv").write_text("step\n")
+    own = dict(data=str(pictures), out=f"{tmp_path}/run", resume=True)
+    with pytest.raises(
+        UserError, match=f"made with --ema .*or keep the VAE that is there with --vae {tmp_path}/run-vae"
+    ):
+        serpentine.train(Config(**SMALL | own | dict(ema=0.5)))
+    assert serpentine.train(Config(**SMALL | own)) == 0
+    header = common.load_tensors(tmp_path / "run" / "model.safetensors")[1]
+    assert header["vae"] == common.fingerprint(serpentine.load(tmp_path / "run-vae" / "model.safetensors")[0])
+
+
+def test_a_checkpoint_has_the_settings_of_the_vae_in_it(trained, pictures, tmp_path):
+    tensors, header = common.load_tensors(trained.parent / "tiny-vae" / "model.safetensors")
+    header["config"]["kl_weight"] = 0.125
+    common.save_tensors(tmp_path / "vae.safetensors", tensors, header)
+    own = dict(data=str(pictures), out=f"{tmp_path}/run", vae=f"{tmp_path}/vae.safetensors")
+    assert serpentine.train(Config(**SMALL | own)) == 0
+    assert common.load_tensors(tmp_path / "run" / "model.safetensors")[1]["config"]["kl_weight"] == 0.125
+
+
+def test_decoding_takes_many_cells_in_parts(monkeypatch):
+    vae, seen = small_vae(), []
+    latent = torch.randn(3, 4, 80, 80)
+    honest = vae.decoder.forward
+    monkeypatch.setattr(vae.decoder, "forward", lambda x: seen.append(len(x)) or honest(x))
+    parts = serpentine.decode(vae, latent)
+    assert seen == [2, 1]  # 12,800 cells at a time
+    assert torch.allclose(parts[2:], serpentine.decode(vae, latent[2:]), atol=1e-5)
 
 
 def test_training_learns(pictures, tmp_path):

@@ -497,8 +497,41 @@ def test_tar_shards_bring_their_pictures(tmp_path, stream):
     told = [row["caption"] for row in dit_t2i.read_shard(str(tmp_path / "0.tar"))]
     assert told == [f"picture {n}" for n in range(10)]
     (tmp_path / "1.tar").write_bytes(b"no tar")
-    with pytest.raises(UserError, match="no readable shard"):
+    with pytest.raises(Refused, match="broken shard"):
         list(dit_t2i.read_shard(str(tmp_path / "1.tar")))
+
+
+def test_broken_shard_is_counted_and_left_out(stream, server, tmp_path):
+    data = stream([("good", n) for n in range(21)], server, 7)
+    (tmp_path / "shards" / "meta-00001.jsonl").unlink()  # since the stream looked which there are
+    found = [number for _, number in first_turn(data)]
+    assert sorted(found) == [*range(7), *range(14, 21)] and data.counts["broken shard"] >= 1
+    assert len(data.captions(100)) == 14
+    for path in (tmp_path / "shards").iterdir():
+        path.unlink()
+    with pytest.raises(dit_t2i.Exhausted, match=r"gave no picture: .*broken shard"):
+        while True:
+            data.sample()
+
+
+def test_steps_that_were_made_outlive_the_network(server, tmp_path, monkeypatch, capsys):
+    rows = [{"url": f"{server.address}/good/{n}", "caption": f"picture {n}"} for n in range(60)]
+    names, asked = write_shards(tmp_path / "shards", rows, 60), []
+
+    def fetch(self, url, honest=Fetcher.__call__):
+        asked.append(url)
+        if len(asked) > 10:
+            raise Refused("no answer")
+        return honest(self, url)
+
+    monkeypatch.setattr(Fetcher, "__call__", fetch)
+    words = ["train", *TRAIN, "--stream", names, "--out", str(tmp_path / "run"), "--cache-gb", "0"]
+    assert dit_t2i.main([*words, "--steps", "5", "--checkpoint-every", "100"]) == 2
+    assert "gave no picture: " in capsys.readouterr().err
+    _, header = common.load_tensors(tmp_path / "run" / "state.safetensors")
+    assert header["step"] == 2 and header["stream"]["counts"]["fetched"] == 10  # four pictures to a step
+    monkeypatch.undo()
+    assert dit_t2i.main([*words, "--steps", "5", "--checkpoint-every", "100", "--resume"]) == 0
 
 
 def test_missing_package_is_named(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import json
 import re
@@ -319,6 +320,8 @@ def test_solver_of_the_other_objective_is_refused():
         unet_ddpm.sample(Exact(CONFIGS[0]), CONFIGS[0], DrawConfig(solver="ddim"), MAPS)
     with pytest.raises(UserError, match="do not say how far their data reach"):
         unet_ddpm.sample(Exact(CONFIGS[1]), CONFIGS[1], DrawConfig(clamp=True), MAPS)
+    with pytest.raises(UserError, match="are for DDPM"):
+        unet_ddpm.sample(Exact(CONFIGS[0]), CONFIGS[0], DrawConfig(clamp=False), MAPS)
 
 
 # ---- distances ----
@@ -533,15 +536,20 @@ def test_finetuning_wants_the_pictures_that_the_base_had(train, tagged, tmp_path
 
 
 def test_finetuning_resumes_on_the_pictures_it_began_with(train, tmp_path):
-    """Or not at all, if its base has been made anew with other tags in the meantime."""
+    """Though its base has gone, or was made anew with other tags in the meantime."""
+    fine = dict(stage="finetune", start="base", decay="none", warmup=0)
     train("base", steps=1, stage="exclude", exclude_tags=("rare",))
-    train("fine", steps=2, stage="finetune", start="base")
-    assert len(header_of(tmp_path / "fine")["left_out"]) == 18
-    assert train("fine", steps=3, stage="finetune", start="base", resume=True) == 0
+    train("whole", steps=4, **fine)
+    train("fine", steps=2, **fine)
+    left_out = header_of(tmp_path / "fine")["left_out"]
+    assert len(left_out) == 18
     shutil.rmtree("base")
+    assert train("fine", steps=3, resume=True, **fine) == 0
     train("base", steps=1, stage="exclude", exclude_tags=("red hair",))
-    with pytest.raises(UserError, match="began with another left_out"):
-        train("fine", steps=4, stage="finetune", start="base", resume=True)
+    assert train("fine", steps=4, resume=True, **fine) == 0
+    assert header_of(tmp_path / "fine")["left_out"] == left_out
+    whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "fine"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 def test_both_objectives_learn_from_the_same_data_and_noise(train, tmp_path, monkeypatch):
@@ -629,6 +637,8 @@ def test_latents_are_encoded_once_and_trained_on(train, tagged, tmp_path, monkey
         train(tmp_path / "four", steps=1, **(excluding | dict(data=str(shards), vae="")))
     with pytest.raises(UserError, match="not the weights"):
         train(tmp_path / "five", steps=1, **(excluding | dict(data=str(shards), vae="other.safetensors")))
+    with pytest.raises(UserError, match="--image-size 36 is no multiple of 8"):
+        train(tmp_path / "six", steps=1, **(options | dict(image_size=36)))
     with pytest.raises(UserError, match="of pictures of 32 pixels; say --image-size so"):
         train(tmp_path / "six", steps=1, **(options | dict(data=str(shards), image_size=16)))
     with pytest.raises(UserError, match="was trained with another autoencoder"):
@@ -644,7 +654,7 @@ def test_latents_are_encoded_once_and_trained_on(train, tagged, tmp_path, monkey
     for words, message in (
         ([*sampling, "--vae", "gone.safetensors"], "name its weights with --vae"),
         ([*sampling, "--vae", "other.safetensors"], "not the weights"),
-        ([*sampling, "--vae", "vae.safetensors", "--clamp"], "leave it out"),
+        ([*sampling, "--vae", "vae.safetensors", "--clamp"], "leave them out"),
         ([*sampling, "--vae", "vae.safetensors", "--eta", 1], "leave it out"),
         ([*sampling, "--vae", "vae.safetensors", "--objective", "ddpm"], "learned --objective flow, not ddpm"),
     ):
@@ -726,6 +736,13 @@ def test_compare_writes_its_page_and_takes_runs_that_are_there(few_steps, train,
     ddpm = re.search(r"<td>ddpm</td><td>[0-9.]+</td><td>([0-9.]+)</td>", page)
     assert ddpm[1] == away and f"<td>{floor}</td>" in page
 
+    # Once more is a mistake, and with --resume nothing is trained again.
+    code, errors = compare("--data", str(tagged), "--steps", "4", "--batch-size", "8", *flags)
+    assert code == 2 and "add --resume" in errors
+    (folder / "flow" / "marks" / "step_000004 copy.safetensors").write_bytes(b"")
+    again = compare("--data", str(tagged), "--steps", "4", "--batch-size", "8", *flags, "--resume")
+    assert again[0] == 0 and (folder / "index.html").read_text() == page
+
     given = ["--flow", str(folder / "flow"), "--ddpm", str(folder / "ddpm")]
     with open(folder / "flow" / "log.csv", "a") as log:
         log.write("5,1.0,")  # as a full disk may leave it
@@ -733,7 +750,9 @@ def test_compare_writes_its_page_and_takes_runs_that_are_there(few_steps, train,
     tables = [re.findall("<table>.*</table>", text) for text in (page, (tmp_path / "second/index.html").read_text())]
     assert tables[0] == tables[1]
     # With one run given, the other learns from the same, as long.
-    assert compare("--ddpm", str(folder / "ddpm"), "--out", "third", "--steps", "1")[0] == 0
+    code, errors = compare("--ddpm", str(folder / "ddpm"), "--out", "third", "--steps", "1")
+    assert code == 2 and "--steps none (not 1)" in errors and not (tmp_path / "third").exists()
+    assert compare("--ddpm", str(folder / "ddpm"), "--out", "third")[0] == 0
     flow = header_of(tmp_path / "third" / "flow")
     assert flow["step"] == 4 and flow["config"]["data"] == str(tagged) and flow["config"]["fold"] == 2
     code, errors = compare("--flow", given[3], "--out", "fourth")
@@ -752,6 +771,10 @@ def test_compare_writes_its_page_and_takes_runs_that_are_there(few_steps, train,
     train("short", steps=1, objective="ddpm")
     assert "leave --objective out" in compare("--objective", "ddpm", "--out", "fourth")[1]
     assert "by --finetuned" in compare("--stage", "finetune", "--from", "apart", "--out", "fourth")[1]
+    assert "leave --fsdp out" in compare("--flow", given[1], "--fsdp", "--out", "fourth")[1]
+    (tmp_path / "short" / "log.csv").rename("log.csv")
+    assert "short has no log.csv" in compare("--flow", given[1], "--ddpm", "short", "--out", "fourth")[1]
+    Path("log.csv").rename(tmp_path / "short" / "log.csv")
     assert "differ in --steps: 4, 1" in compare("--flow", given[1], "--ddpm", "short", "--out", "fourth")[1]
     assert compare("--finetuned", str(folder / "flow"), "--out", "fifth")[0] == 2 and not (tmp_path / "fifth").exists()
 
@@ -780,6 +803,9 @@ def test_evaluate_prints_the_distance_and_its_floor(train, tagged, tmp_path, cap
     assert unet_ddpm.main([*words, "--data", "copy"]) == 0
     out, errors = capsys.readouterr()
     assert "11 pictures in 2 steps" in out and "not what these weights were trained on" in errors
+    Path("copy").rename("gone")
+    assert unet_ddpm.main([*words, "--data", "copy", "--solver", "ddim"]) == 2
+    assert "use euler" in capsys.readouterr().err  # before the pictures are looked for
     assert unet_ddpm.main([*words, "--vae", "vae"]) == 2
     assert "error: these weights work in pixels; leave --vae out\n" in capsys.readouterr().err
 
@@ -820,8 +846,12 @@ def test_eight_bits_without_their_package_name_it(monkeypatch):
     model = torch.nn.Linear(2, 2)
     with pytest.raises(UserError, match="pip install torchao"):
         unet_ddpm.make_optimizer(Config(optimizer="adamw8bit"), model, torch.device("cpu"))
-    optimizer, _ = unet_ddpm.make_optimizer(Config(optimizer="auto"), model, torch.device("cpu"))
-    assert type(optimizer) is torch.optim.AdamW
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchao" else 1 / 0)
+    for device in ("cpu", "cuda"):
+        assert unet_ddpm.settle_optimizer(Config(optimizer="auto"), torch.device(device)).optimizer == "adamw"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "torchao")
+    for device, optimizer in (("cpu", "adamw"), ("cuda", "adamw8bit")):
+        assert unet_ddpm.settle_optimizer(Config(optimizer="auto"), torch.device(device)).optimizer == optimizer
 
 
 def test_shipped_weights_are_small_and_draw_faces():

@@ -980,7 +980,8 @@ def export(system):
 
 
 def load_into(model, weights, path):
-    """model.load_state_dict, with a message that names the first few tensors that do not fit. Raises UserError."""
+    """model.load_state_dict, with a message that names the first few tensors that do not fit. A model that was built on
+    torch.device("meta"), which spares the time that random weights take, comes to the CPU. Raises UserError."""
     own = model.state_dict()
     strangers = [str(k) for k, v in weights.items() if not torch.is_tensor(v)]
     if strangers:
@@ -992,6 +993,8 @@ def load_into(model, weights, path):
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"{path} does not fit this model: {'; '.join(problems[:3])}{more}")
+    if any(tensor.is_meta for tensor in own.values()):
+        own = model.to_empty(device="cpu").state_dict()
     model.load_state_dict({name: shard_like(tensor, own[name]) for name, tensor in weights.items()})
 
 
@@ -1351,9 +1354,11 @@ def load_vae(path):
     channels = weights.get("post_quant_conv.bias", torch.empty(0)).numel()
     known_scale = channels == 4 or (channels and batch_norm)
     if "encoder.11.pool.0.weight" in weights:
-        vae = TAEF2()
+        with torch.device("meta"):
+            vae = TAEF2()
     elif len(down) == len(up) == 4 and not any(w % 32 for w in down + up) and known_scale:
-        vae = AutoencoderKL(channels, down, up[::-1], batch_norm)
+        with torch.device("meta"):
+            vae = AutoencoderKL(channels, down, up[::-1], batch_norm)
         # SD's published files also hold the losses that it was trained with, and their weights
         weights = {k: v for k, v in weights.items() if hasattr(vae, k.split(".")[0])}
     else:

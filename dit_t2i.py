@@ -1615,9 +1615,8 @@ class ClipTextEncoder(nn.Module):
                 raise ValueError  # some later CLIPs differ in nothing but this
         except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration):
             raise UserError(f"{file} holds no CLIP text encoder that fits; take that of {CLIP_SOURCE}") from None
-        with torch.device("meta"):  # spares the time that random weights would take
+        with torch.device("meta"):
             model = cls(vocab, length, dim, hidden, depth)
-        model.to_empty(device="cpu")
         load_into(model, weights, file)
         return model.eval().requires_grad_(False)
 

@@ -372,7 +372,6 @@ class Scan(torch.autograd.Function):
         return back * F.pad(h[:, :-1], (0, 0, 1, 0)), back
 
 
-@torch.compiler.disable  # one break for the compiler, not one for each of its steps
 def along_paths(a, b, height, breadth):
     """h_t = a_t h_(t-1) + b_t for maps whose cells lie row by row, (B, N, D), of which each eighth of the channels goes
     along its own path. -> (B, N, D), row by row again. No map needs padding, since paths turn where it ends."""
@@ -392,6 +391,8 @@ class Serpentine(nn.Module):
     its input. Time and memory are linear in H W.
     """
 
+    along_paths = staticmethod(along_paths)
+
     def __init__(self, width):
         super().__init__()
         self.norm = CellNorm(width)
@@ -407,7 +408,7 @@ class Serpentine(nn.Module):
         cells = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # (B, N, D)
         value, forget, gate = self.in_proj(cells).chunk(3, dim=-1)
         forget = (forget.float() + self.span).sigmoid()
-        h = along_paths(forget, (1 - forget) * value.float(), height, breadth)
+        h = self.along_paths(forget, (1 - forget) * value.float(), height, breadth)
         merged = self.out_proj(h.to(gate.dtype) * F.silu(gate))
         return x + merged.unflatten(1, (height, breadth)).permute(0, 3, 1, 2)
 
@@ -592,6 +593,8 @@ def compile_blocks(config, model, device):
     tests/bench.py serpentine_demo`)."""
     if common.worth_compiling(config, device) and (config.compile or device.type == "cuda"):
         torch._dynamo.config.recompile_limit = 64  # all blocks share one forward(), and each needs it compiled anew
+        # One break for the compiler, not one for each step along the paths. Here, since to ask for it takes a second.
+        Serpentine.along_paths = staticmethod(torch.compiler.disable(along_paths))
         for block in blocks(model):
             block.compile(dynamic=False)
 

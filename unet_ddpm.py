@@ -863,7 +863,8 @@ def load_model(path, options):
         asked = getattr(options, name)
         if asked and asked != getattr(config, name):
             raise UserError(f"{path} learned --{name} {getattr(config, name)}, not {asked}; leave the option out")
-    model = build_model(config, channels, size)
+    with torch.device("meta"):
+        model = build_model(config, channels, size)
     load_into(model, weights, path)
     return model.to(common.pick_device(options.device)).eval(), config, header
 

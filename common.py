@@ -464,6 +464,8 @@ def has_lost_the_others(problem):
 
 def fail(problem, line):
     """Say why the program ends, to the user and, under torchrun, to it for its report. Returns the exit code."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # which ends all once one has ended, and stumbles over half a report
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     get_error_handler().record_exception(problem)
     # Before the processes have met, those of a host have the same to say, and its first one says it.
     if dist.is_initialized() or "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["LOCAL_RANK"] == "0":
@@ -948,11 +950,13 @@ def load_tensors(path, header_only=False):
 
 def find_weights(given, system):
     """The checkpoint to sample from: the one named, else that of the run in the default place, else the one that came
-    with the code."""
+    with the code; which of the two is printed."""
     if given:
         return Path(given)
     own = Path("runs") / system / "model.safetensors"
-    return own if own.exists() else Path(__file__).parent / "weights" / f"{system}.safetensors"
+    path = own if own.exists() else Path(__file__).parent / "weights" / f"{system}.safetensors"
+    print(f"weights: {path}")
+    return path
 
 
 @dataclasses.dataclass
@@ -974,7 +978,7 @@ def export(system):
         if (header or {}).get("system") != system or any(name.startswith("optimizer.") for name in tensors):
             raise UserError(f"{path} is no model.safetensors of {system}.py; name one with --weights")
         save_tensors(options.out, {name: tensor.bfloat16() for name, tensor in tensors.items()}, header)
-        print(f"{options.out}, from {path}: {Path(options.out).stat().st_size / 1e6:.1f} MB")
+        print(f"{options.out}: {Path(options.out).stat().st_size / 1e6:.1f} MB")
 
     return command, ExportConfig, None, "keep a run's weights in half the bytes, e.g. export --out small.safetensors"
 
@@ -1637,12 +1641,13 @@ def write_shards(options, paths, about, rows, encode, extra):
                 )
             bar.update(len(part))
         else:
-            header, batches = about | {"asked": asked, "rows": [], "skipped": []}, []
+            header, batches = about | {"asked": asked, "rows": [], "skipped": [], "checksum": 0}, []
             for start in range(0, len(part), options.batch_size):
                 chunk = part[start : start + options.batch_size]
                 pictures, good, bad = read_pictures(chunk, options.data, options.image_size)
                 header["skipped"] += bad
                 if good:
+                    header["checksum"] = zlib.crc32(pictures.numpy(), header["checksum"])
                     known = [told[asked[start + i]] for i in good]
                     with torch.no_grad():
                         encoded = encode(pictures / 127.5 - 1, known)
@@ -1684,7 +1689,8 @@ class Shards:
     """
 
     def __init__(self, folder, names, known, same, extra=()):
-        self.names, self.rows, self.places, self.skipped, headers, shapes = names, [], [], [], [], []
+        self.names, self.rows, self.places, self.skipped, self.sums = names, [], [], [], []
+        headers, shapes = [], []
         for path in sorted(Path(folder).glob("shard_*.safetensors")):
             file, header = open_shard(path)
             missing = sorted({*names, *extra} - set(file.keys()))
@@ -1702,6 +1708,7 @@ class Shards:
             self.places += [(file, row) for row in range(len(header["rows"]))]
             self.rows += header["rows"]
             self.skipped += header["skipped"]
+            self.sums.append(header.get("checksum"))
         if not self.places:
             raise UserError(f"no samples in the shards of {folder}; encode the folder again")
         self.header, self.shapes = headers[0], shapes[0]
@@ -1715,7 +1722,8 @@ class Shards:
         return len(self.rows)
 
     def checksum(self):
-        return zlib.crc32(json.dumps(self.rows).encode())
+        """Of what is known of the pictures, and of their pixels, unless the shards are older than such sums."""
+        return zlib.crc32(json.dumps([self.rows, *self.sums] if any(self.sums) else self.rows).encode())
 
     def read(self, index):
         """Rows `index` of each tensor, float32."""

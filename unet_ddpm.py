@@ -100,8 +100,9 @@ class Config(common.TrainConfig):
 
 PRESETS = {
     "demo": dict(minutes=10.0, lr=2e-3),
-    # The write-up names the model, the latents, AdamW at 2e-4 with 5 % of warm-up, and bfloat16. Batch, length and EMA
-    # are those of its author's later code, with 100 passes over 48,000 pictures.
+    # The write-up names the model, the latents, AdamW at 2e-4 with 5 % of warm-up, and bfloat16. Batch, length, EMA
+    # (0.999, the default), beta2 and weight decay are those of its author's later code, with 100 passes over 48,000
+    # pictures; that the learning rate does not fall is ours.
     "paper": dict(
         vae="weights/flux2-vae.safetensors",
         image_size=256,

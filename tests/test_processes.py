@@ -271,6 +271,26 @@ def test_mistake_ends_the_job_with_its_reason(captioned, launch, tmp_path):
     assert "start them with torchrun" in err and "Traceback" not in err
 
 
+def test_a_report_is_written_whole_though_torchrun_ends_the_process(monkeypatch, capsys):
+    """Half a report would keep torchrun from another attempt."""
+    heard, written = [], []
+
+    class Handler:
+        def record_exception(self, problem):
+            os.kill(os.getpid(), signal.SIGTERM)
+            written.append(problem)
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(common, "get_error_handler", Handler)
+    before = signal.signal(signal.SIGTERM, lambda signum, frame: heard.append(signum))
+    try:
+        assert common.fail("a reason", "a line") == 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert written == ["a reason"] and not heard and capsys.readouterr().err == "error: a line\n"
+
+
 def test_ctrl_c_saves_in_all_processes_at_one_step(captioned, launch, tmp_path):
     out = tmp_path / "run"
     words = flat(words_of("dit_t2i", captioned, out, 5000))

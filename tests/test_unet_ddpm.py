@@ -641,6 +641,11 @@ def test_latents_are_encoded_once_and_trained_on(train, tagged, tmp_path, monkey
         train(tmp_path / "six", steps=1, **(options | dict(image_size=36)))
     with pytest.raises(UserError, match="of pictures of 32 pixels; say --image-size so"):
         train(tmp_path / "six", steps=1, **(options | dict(data=str(shards), image_size=16)))
+    # Other pictures under the same names are other pictures.
+    Image.open(tagged / "00.png").point(lambda value: 255 - value).save(tagged / "00.png")
+    with pytest.raises(UserError, match="began with another data"):
+        train(tmp_path / "one", steps=3, resume=True, **excluding)
+    assert sum(encoded) == 48 and len(list((tmp_path / "data").glob("latents-tagged-32-*"))) == 2
     with pytest.raises(UserError, match="was trained with another autoencoder"):
         changes = options | dict(vae="other.safetensors", stage="finetune", start="one")
         train(tmp_path / "seven", steps=1, **changes)
@@ -673,7 +678,7 @@ def test_latents_are_encoded_once_and_trained_on(train, tagged, tmp_path, monkey
     again = ["encode", "--data", tagged, "--image-size", 32, "--out", shards]
     code, errors = told(*again, "--vae", "other.safetensors")
     assert code == 2 and "other pictures or settings" in errors
-    assert told(*again, "--vae", "vae.safetensors")[0] == 0 and sum(encoded) == 72
+    assert told(*again, "--vae", "vae.safetensors")[0] == 0 and sum(encoded) == 96
     lines = (tagged / "metadata.jsonl").read_text().replace('"rare"', '"common"')
     (tagged / "metadata.jsonl").write_text(lines)
     code, errors = told(*again, "--vae", "vae.safetensors")

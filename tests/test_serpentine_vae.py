@@ -948,6 +948,11 @@ def test_masks_that_can_be_understood_are_and_say_so(tmp_path, capsys):
     shrunk = serpentine.open_mask(tmp_path / "c.png", 32, 32)
     assert shrunk[0, 0] == 0
     assert (shrunk != expected).sum() == 1
+    for size, height, width in (((167, 333), 1000, 500), ((333, 167), 500, 1000)):  # a third, rounded, either way up
+        save_mask(tmp_path / "f.png", size)
+        assert serpentine.open_mask(tmp_path / "f.png", height, width).shape == (height, width)
+    with pytest.raises(UserError, match="bring them to one shape"):
+        serpentine.open_mask(tmp_path / "f.png", 500, 1010)
     Image.fromarray(np.array(Image.open(tmp_path / "a.png")).astype(np.uint16) * 257).save(tmp_path / "e.png")
     assert torch.equal(serpentine.open_mask(tmp_path / "e.png", 32, 32), expected)
     capsys.readouterr()

@@ -1863,21 +1863,11 @@ class Chart:
 # Run folders
 
 # May differ between a run and its resumption: how long, where, and how often to save. All else would change the run.
-MAY_CHANGE = {
-    "data",
-    "out",
-    "minutes",
-    "steps",
-    "epochs",
-    "vae",
-    "clip",
-    "device",
-    "compile",
-    "checkpoint_every",
-    "resume",
-}
-MAY_CHANGE |= {"vae_minutes", "vae_steps", "checkpointing", "checkpoint_activations", "grad_accum", "fsdp", "cache_gb"}
-MAY_CHANGE |= {"stream", "threads", "per_host", "timeout", "retries", "max_mb", "schemes", "private_hosts", "start"}
+MAY_CHANGE = set(
+    "data out minutes steps epochs vae clip device compile checkpoint_every resume vae_minutes vae_steps "
+    "checkpointing checkpoint_activations grad_accum fsdp cache_gb stream threads per_host timeout "
+    "retries max_mb schemes private_hosts start".split()
+)
 PROGRESS_BAR = "{percentage:3.0f}% {bar} {elapsed} passed, {remaining} left{postfix}"
 NOISE_BINS = 8
 LOG_COLUMNS = ["step", "seconds", "images", "loss", "lr", "grad_norm", "images_per_second"]
@@ -1994,7 +1984,9 @@ class Run:
                 raise KeyboardInterrupt
             self.asked_to_stop = True
             if signum == signal.SIGINT and not dist.is_initialized():
-                print("\nstopping and saving; Ctrl-C once more stops without", file=sys.stderr)
+                os.write(
+                    2, b"\nstopping and saving; Ctrl-C once more stops without\n"
+                )  # print() may be at work already
 
         agreed = {key: value for key, value in self.header.items() if not isinstance(value, float)}
         if len(set(all_gather_objects(json.dumps([self.step, agreed])))) > 1:

@@ -2242,9 +2242,8 @@ def load_model(path, device):
     """
     weights, header = load_tensors(path)
     if header and header.get("system") != "dit_t2i":
-        raise UserError(
-            f"{path} is a checkpoint of {header.get('system', 'another program')}; name one of dit_t2i.py's"
-        )
+        made_by = header.get("system", "another program")
+        raise UserError(f"{path} is a checkpoint of {made_by}; name one of dit_t2i.py's")
     try:
         if not header:
             weights = weights.get("ema_model", weights)

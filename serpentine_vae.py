@@ -660,9 +660,9 @@ def first_stage(config, begun):
             if train_vae(FirstStage(**own | {"out": str(path), "resume": resume, "grad_accum": 1})):
                 return None
         except UserError as problem:
-            raise UserError(
-                f"{problem}; or keep the VAE that is there with --vae {path}" if resume else problem
-            ) from None
+            if resume:
+                raise UserError(f"{problem}; or keep the VAE that is there with --vae {path}") from None
+            raise
     vae, _, header = read_checkpoint(path / "model.safetensors" if path.is_dir() else path)
     return vae, header
 

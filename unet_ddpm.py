@@ -1153,14 +1153,8 @@ def compare_command(config):
             settings, budget = Config(**told["config"]), dict(minutes=None, steps=told["step"])
         folder = out / name
         begun = (folder / "state.safetensors").exists()
-        own = dict(
-            objective=name,
-            out=str(folder),
-            resume=config.resume and begun,
-            device=config.device,
-            vae=config.vae or settings.vae,
-        )
-        own |= dict(predict=config.predict if name == "ddpm" else "eps")
+        own = dict(objective=name, out=str(folder), resume=config.resume and begun, device=config.device, fsdp=False)
+        own |= dict(vae=config.vae or settings.vae, predict=config.predict if name == "ddpm" else "eps")
         code = train(dataclasses.replace(settings, **budget | own))
         if code:
             return code

@@ -314,6 +314,15 @@ def test_training_walks_from_noise_to_data_and_tells_each_crop_its_place(train, 
     assert all(abs(std - 2) < 0.2 for std in seen) and any(top != left for top, left in places)
 
 
+def test_pictures_may_move_but_not_change(train, folder, tmp_path):
+    train(tmp_path / "run", steps=2)
+    moved = folder.rename(tmp_path / "elsewhere")
+    assert train(tmp_path / "run", steps=3, resume=True, data=str(moved)) == 0
+    (moved / "00.png").unlink()
+    with pytest.raises(UserError, match="began with another data"):
+        train(tmp_path / "run", steps=4, resume=True, data=str(moved))
+
+
 def test_what_goes_wrong_in_drawing_costs_no_step(folder, tmp_path, monkeypatch, capsys):
     def draw(*arguments):
         raise UserError("no memory for pictures")

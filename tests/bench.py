@@ -424,12 +424,13 @@ def bench_one_unet_step(device):
 
 @torch.no_grad()
 def bench_unet_peer(device):
-    """DDIM in 20 steps with the same network and equal weights, against denoising-diffusion-pytorch's own loop."""
+    """DDIM in 20 steps against denoising-diffusion-pytorch's own loop, around the same network with equal weights, and
+    around its own U-Net of about as many parameters."""
     # Its package imports torchvision, and its sampler makes no use of it.
     sys.modules["torchvision"] = types.ModuleType("torchvision")
     sys.modules["torchvision.transforms"] = sys.modules["torchvision"].transforms = types.ModuleType("transforms")
     sys.modules["torchvision.utils"] = sys.modules["torchvision"].utils = types.ModuleType("utils")
-    from denoising_diffusion_pytorch import GaussianDiffusion  # pip install denoising-diffusion-pytorch
+    from denoising_diffusion_pytorch import GaussianDiffusion, Unet  # pip install denoising-diffusion-pytorch
 
     config = common.make_config(unet_ddpm.Config, {"objective": "ddpm"}, unet_ddpm.PRESETS)
     torch.manual_seed(0)
@@ -447,17 +448,22 @@ def bench_unet_peer(device):
         def forward(self, x, t, x_self_cond=None):
             return self.network(x, t)
 
-    theirs = GaussianDiffusion(
-        Theirs(), image_size=20, timesteps=1000, sampling_timesteps=20, objective="pred_noise", auto_normalize=False
-    ).to(device)
+    own = Unet(dim=64, dim_mults=(1, 2), channels=12).eval()
+    sizes = dict(image_size=20, timesteps=1000, sampling_timesteps=20)
+    loops = [GaussianDiffusion(net, objective="pred_noise", auto_normalize=False, **sizes) for net in (Theirs(), own)]
+    same, other = (loop.to(device) for loop in loops)
     options = unet_ddpm.DrawConfig(num=32, steps=20, batch_size=32)
     ways = {
         "ours": lambda: unet_ddpm.sample(model, config, options, {"latent": (12, 20), "range": 1.0}),
-        "theirs": lambda: theirs.sample(batch_size=32),
+        "same": lambda: same.sample(batch_size=32),
+        "other": lambda: other.sample(batch_size=32),
     }
-    seconds = median_seconds(ways, 3)
-    rate, ratio = 32 / seconds["ours"], seconds["theirs"] / seconds["ours"]
-    print(f"32 pictures by DDIM in 20 steps: {rate:.1f} images/s, {ratio:.2f} x denoising-diffusion-pytorch's")
+    seconds = median_seconds(ways, 5)
+    rate, ratios = 32 / seconds["ours"], {name: s / seconds["ours"] for name, s in seconds.items()}
+    counts = [sum(p.numel() for p in net.parameters()) / 1e6 for net in (model, own)]
+    print(f"32 pictures by DDIM in 20 steps: {rate:.1f} images/s; against denoising-diffusion-pytorch's loop")
+    print(f"  around the same network, {counts[0]:.1f}M parameters: {ratios['same']:.2f} x")
+    print(f"  around its own U-Net, {counts[1]:.1f}M parameters: {ratios['other']:.2f} x")
 
 
 def serpentine_training_step(config, precision, device, compiled=False):

@@ -1862,7 +1862,8 @@ class Chart:
 # ----------------------------------------------------------------------------------------------------------------
 # Run folders
 
-# May differ between a run and its resumption: how long, where, and how often to save. All else would change the run.
+# May differ between a run and its resumption: how long, where (also the data, which checksums tell), and how often to
+# save. All else would change the run.
 MAY_CHANGE = set(
     "data out minutes steps epochs vae clip device compile checkpoint_every resume vae_minutes vae_steps "
     "checkpointing checkpoint_activations grad_accum fsdp cache_gb stream threads per_host timeout "
@@ -1984,9 +1985,8 @@ class Run:
                 raise KeyboardInterrupt
             self.asked_to_stop = True
             if signum == signal.SIGINT and not dist.is_initialized():
-                os.write(
-                    2, b"\nstopping and saving; Ctrl-C once more stops without\n"
-                )  # print() may be at work already
+                # The bar may be in the middle of its own printing, into which print() must not break.
+                os.write(2, b"\nstopping and saving; Ctrl-C once more stops without\n")
 
         agreed = {key: value for key, value in self.header.items() if not isinstance(value, float)}
         if len(set(all_gather_objects(json.dumps([self.step, agreed])))) > 1:

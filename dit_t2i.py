@@ -1184,20 +1184,23 @@ class Stream:
 
     # -- which lines --
 
+    def numbered(self, name):
+        """(number, row) of a shard's lines, as far as it can be read; one that is broken is counted."""
+        try:
+            yield from enumerate(read_shard(name))
+        except Refused as problem:
+            self.counts[problem.kind] += 1
+
     def walk(self, turn, shard, line):
         """(place, row) of this process's lines from a place on, without end, but for those that are done with."""
         while True:
             order, empty = common.epoch_order(self.config.seed, turn, len(self.names)), True
             while shard < len(self.names):
-                try:
-                    for number, row in enumerate(read_shard(self.names[order[shard]])):
-                        if number >= line and (shard + number) % self.world == self.rank:
-                            empty = False
-                            if not any(is_done(rule, (turn, shard, number)) for rule in self.rules):
-                                yield (turn, shard, number), row
-                except Refused as problem:  # what was read of it counts
-                    self.next = turn, shard + 1, 0
-                    self.counts[problem.kind] += 1
+                for number, row in self.numbered(self.names[order[shard]]):
+                    if number >= line and (shard + number) % self.world == self.rank:
+                        empty = False
+                        if not any(is_done(rule, (turn, shard, number)) for rule in self.rules):
+                            yield (turn, shard, number), row
                 shard, line = shard + 1, 0
             if empty and turn > self.good_turn + 1:
                 if self.counts["broken shard"]:

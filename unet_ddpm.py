@@ -1084,8 +1084,6 @@ class Trained:
 
 
 MAY_DIFFER = "objective predict out minutes resume start device precision compile checkpoint_every".split()
-
-
 HEEDED = set("out device precision vae predict resume".split())  # of train's options, beside --flow or --ddpm
 
 

@@ -1630,18 +1630,21 @@ def write_shards(options, paths, about, rows, encode, extra):
     bar = tqdm(total=len(paths), desc="encoding", unit=" pictures")
     for part, target in zip(parts, targets):
         asked = [str(path.relative_to(options.data)) for path in part]
+        sizes = [path.stat().st_size for path in part]  # of files, by which one that was replaced is known
         told = {name: {"file": name} | rows[path] for name, path in zip(asked, part)}
         if target.exists():
             header = open_shard(target)[1]
             if header["asked"] != asked or any(header.get(key) != value for key, value in about.items()):
                 raise UserError(f"{target} was made from other pictures or settings; name another --out")
-            if any(row != told.get(row.get("file")) for row in header["rows"]):
+            others = header.get("sizes", sizes) != sizes
+            if others or any(row != told.get(row.get("file")) for row in header["rows"]):
                 raise UserError(
-                    f"captions or tags have changed since {target} was made; delete its folder to encode anew"
+                    f"pictures, captions or tags have changed since {target} was made; delete its folder to encode anew"
                 )
             bar.update(len(part))
         else:
-            header, batches = about | {"asked": asked, "rows": [], "skipped": [], "checksum": 0}, []
+            header = about | {"asked": asked, "sizes": sizes, "rows": [], "skipped": [], "checksum": 0}
+            batches = []
             for start in range(0, len(part), options.batch_size):
                 chunk = part[start : start + options.batch_size]
                 pictures, good, bad = read_pictures(chunk, options.data, options.image_size)

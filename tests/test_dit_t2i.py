@@ -1095,6 +1095,21 @@ def test_prepare_goes_on_after_a_kill_with_nothing_done_twice(prepare, monkeypat
     assert prepare() == 2 and "shard_00004.safetensors was made from other pictures" in capsys.readouterr().err
 
 
+def test_prepare_tells_what_has_changed_since(prepare, captioned, capsys):
+    def refused():
+        return prepare() == 2 and "pictures, captions or tags have changed since shards" in capsys.readouterr().err
+
+    assert prepare() == 0
+    picture, caption = captioned / "03.png", captioned / "21.txt"
+    before = picture.read_bytes()
+    Image.effect_noise((8, 8), 50).save(picture)
+    assert refused()
+    picture.write_bytes(before)
+    assert prepare() == 0
+    caption.write_text("another tile")
+    assert refused()
+
+
 def test_prepare_looks_for_its_folder_before_it_encodes(prepare, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common.AutoencoderKL, "encode", lambda self, x: pytest.fail("encoded"))
     (tmp_path / "shards").write_text("a file")

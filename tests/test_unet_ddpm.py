@@ -642,7 +642,8 @@ def test_latents_are_encoded_once_and_trained_on(train, tagged, tmp_path, monkey
     with pytest.raises(UserError, match="of pictures of 32 pixels; say --image-size so"):
         train(tmp_path / "six", steps=1, **(options | dict(data=str(shards), image_size=16)))
     # Other pictures under the same names are other pictures.
-    Image.open(tagged / "00.png").point(lambda value: 255 - value).save(tagged / "00.png")
+    before = (tagged / "00.png").read_bytes()
+    Image.effect_noise((40, 40), 50).convert("RGB").save(tagged / "00.png")
     with pytest.raises(UserError, match="began with another data"):
         train(tmp_path / "one", steps=3, resume=True, **excluding)
     assert sum(encoded) == 48 and len(list((tmp_path / "data").glob("latents-tagged-32-*"))) == 2
@@ -678,6 +679,9 @@ def test_latents_are_encoded_once_and_trained_on(train, tagged, tmp_path, monkey
     again = ["encode", "--data", tagged, "--image-size", 32, "--out", shards]
     code, errors = told(*again, "--vae", "other.safetensors")
     assert code == 2 and "other pictures or settings" in errors
+    code, errors = told(*again, "--vae", "vae.safetensors")
+    assert code == 2 and "pictures, captions or tags have changed" in errors
+    (tagged / "00.png").write_bytes(before)
     assert told(*again, "--vae", "vae.safetensors")[0] == 0 and sum(encoded) == 96
     lines = (tagged / "metadata.jsonl").read_text().replace('"rare"', '"common"')
     (tagged / "metadata.jsonl").write_text(lines)

@@ -322,6 +322,25 @@ class TrainConfig:
     resume: bool = option(False, "go on from the last checkpoint in --out, exactly")
 
 
+@dataclasses.dataclass
+class LoadConfig:
+    """What every verb asks that needs weights."""
+
+    weights: str = option("", "checkpoint (default: that in runs/ and the file's name, else that in weights/)")
+    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+
+
+@dataclasses.dataclass
+class DrawConfig(LoadConfig):
+    """What drawing pictures from weights shares. Each file's own DrawConfig adds its ways to draw."""
+
+    precision: str = option("auto", "of the matrix products", choices=("auto", "fp32", "bf16", "fp16"))
+    num: int = option(16, "pictures", low=1)
+    steps: int = option(50, "steps from noise to picture", low=1)
+    seed: int = option(0, "picture i starts from the noise of seed + i", low=0, high=2**62)
+    batch_size: int = option(64, "pictures at a time", low=1)
+
+
 def flag_of(field):
     return field.metadata["flag"] or "--" + field.name.replace("_", "-")
 

@@ -2171,10 +2171,9 @@ def train(config):
 
 
 @dataclasses.dataclass
-class DrawConfig:
+class DrawConfig(common.DrawConfig):
     """How pictures are drawn from weights, for whatever purpose."""
 
-    weights: str = option("", "checkpoint (default: runs/dit_t2i/model.safetensors, else weights/dit_t2i.safetensors)")
     clip: str = option("", "CLIP, for weights that were trained with it (default: training's --clip)")
     vae: str = option("", "VAE, for weights that were trained in its latents (default: training's --vae)")
     num: int = option(4, "pictures of each prompt", low=1)
@@ -2182,10 +2181,7 @@ class DrawConfig:
     steps: int = option(28, "steps from noise to picture", low=1)
     solver: str = option("euler", "how a step is made", choices=tuple(common.SOLVERS))
     shift: float = option(1.0, "above 1: more of the steps where noise is (Esser et al. 2024, eq. 23)", low=0.01)
-    seed: int = option(0, "picture i of a prompt starts from the noise of seed + i", low=0, high=2**63)
     batch_size: int = option(16, "pictures at a time", low=1)
-    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    precision: str = option("auto", "of the matrix products", choices=("auto", "fp32", "bf16", "fp16"))
 
 
 @dataclasses.dataclass

@@ -577,20 +577,13 @@ def train(config):
 
 
 @dataclasses.dataclass
-class DrawConfig:
+class DrawConfig(common.DrawConfig):
     """How pictures are drawn from weights, for whatever purpose."""
 
-    weights: str = option("", "checkpoint (default: runs/jit_lab/model.safetensors, else weights/jit_lab.safetensors)")
-    num: int = option(16, "pictures", low=1)
-    steps: int = option(50, "steps from noise to picture", low=1)
     solver: str = option("euler", "how a step is made", choices=tuple(common.SOLVERS))
-    seed: int = option(0, "picture i starts from the noise of seed + i", low=0, high=2**63)
-    batch_size: int = option(64, "pictures at a time", low=1)
     clamp: bool = option(False, "keep x_hat within the range of the data at every step")
     label: int = option(0, "class, for checkpoints that have several", low=0)
     cfg: float = option(1.0, "guidance: 1 conditional, 0 unconditional, above 1 guided", low=0.0)
-    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    precision: str = option("auto", "of the matrix products", choices=("auto", "fp32", "bf16", "fp16"))
 
 
 @dataclasses.dataclass

@@ -780,28 +780,14 @@ def load_both(options):
 
 
 @dataclasses.dataclass
-class LoadConfig:
-    """What every verb asks that needs weights."""
-
-    weights: str = option(
-        "", "checkpoint (default: runs/serpentine_vae/model.safetensors, else weights/serpentine_vae.safetensors)"
-    )
-    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-
-
-@dataclasses.dataclass
-class DrawConfig(LoadConfig):
+class DrawConfig(common.DrawConfig):
     """How latents are drawn, for whatever purpose."""
 
-    num: int = option(16, "pictures", low=1)
     steps: int = option(50, "strides from noise to picture, up to N - 1", low=1)
     solver: str = option(
         "ddim", "ddim, or the write-up's ancestral, best with --steps 1000", choices=("ddim", "ancestral")
     )
     limit: bool = option(True, "keep the clean latent that each step predicts within the range of all")
-    seed: int = option(0, "picture i starts from the noise of seed + i", low=0, high=2**62)
-    batch_size: int = option(64, "pictures at a time", low=1)
-    precision: str = option("auto", "of the matrix products", choices=("auto", "fp32", "bf16", "fp16"))
 
 
 @dataclasses.dataclass
@@ -1025,7 +1011,7 @@ def inpaint_command(options):
 
 
 @dataclasses.dataclass
-class ReconstructConfig(LoadConfig):
+class ReconstructConfig(common.LoadConfig):
     """Options of the verb reconstruct."""
 
     image: str = option("", "one picture of any size, instead of --data")
@@ -1076,7 +1062,7 @@ def reconstruct_command(options):
 
 
 @dataclasses.dataclass
-class LeakageConfig(LoadConfig):
+class LeakageConfig(common.LoadConfig):
     """Options of the verb leakage."""
 
     against: str = option("", "checkpoint of train-vae --decoder global, to compare with")
@@ -1255,7 +1241,7 @@ def seams_command(options):
 
 
 @dataclasses.dataclass
-class ScheduleConfig(LoadConfig):
+class ScheduleConfig(common.LoadConfig):
     """Options of the verb schedule."""
 
     image: str = option("", "picture to drown in noise [a face that is drawn here and now]")

@@ -706,18 +706,14 @@ def train(config):
 
 
 @dataclasses.dataclass
-class DrawConfig:
+class DrawConfig(common.DrawConfig):
     """How pictures are drawn from weights, for whatever purpose."""
 
-    weights: str = option(
-        "", "checkpoint (default: runs/unet_ddpm/model.safetensors, else weights/unet_ddpm.safetensors)"
-    )
     objective: str = option(
         "", "what weights without a header have learned, such as the write-up's [flow]", choices=("", "flow", "ddpm")
     )
     predict: str = option("", "what such DDPM weights predict [eps]", choices=("", "eps", "v"))
     vae: str = option("", "autoencoder that the weights were trained with")
-    num: int = option(16, "pictures", low=1)
     steps: int = option(50, "steps from noise to picture; ancestral may take up to 1000", low=1, high=TIMESTEPS)
     solver: str = option(
         "",
@@ -728,10 +724,6 @@ class DrawConfig:
     clamp: bool | None = option(
         None, "DDPM: keep the data that each step predicts in the training data's range [where the checkpoint tells it]"
     )
-    seed: int = option(0, "picture i starts from the noise of seed + i", low=0, high=2**62)
-    batch_size: int = option(64, "pictures at a time", low=1)
-    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    precision: str = option("auto", "of the matrix products", choices=("auto", "fp32", "bf16", "fp16"))
 
 
 @dataclasses.dataclass

@@ -276,6 +276,16 @@ def ddim_step(x, eps, abar, abar_next, eta=0.0, noise=0):
     return abar_next**0.5 * data + (1 - abar_next - sigma**2) ** 0.5 * eps + sigma * noise
 
 
+def keep_in_range(x, eps, abar, limit):
+    """The noise eps that a network sees in x_t, led back to where the data it leaves lie in [-limit, limit].
+
+    Where abar is next to 0 the data are a small difference of large numbers, and an error in eps is many times as large
+    in them (led back in the code of Ho et al. 2020, and since).
+    """
+    data = ((x - (1 - abar) ** 0.5 * eps) / abar**0.5).clamp(-limit, limit)
+    return (x - abar**0.5 * data) / (1 - abar) ** 0.5
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Errors and options
 

@@ -42,6 +42,7 @@ from common import (
     autocast,
     ddim_step,
     generator,
+    keep_in_range,
     linear_betas,
     load_into,
     load_tensors,
@@ -502,10 +503,9 @@ def denoise(predict, x, levels, steps, eta=0.0, fresh=None, limit=None, clamp=No
 
     predict(x, t) -> the noise in x. eta 0: DDIM; 1: ancestral sampling, where fresh() is the noise that a step adds,
     none in the last one. limit: the largest size of a latent's value, in which the clean latent that each step predicts
-    is kept, since near N - 1 it is a small difference of large numbers. clamp(x, t) puts known cells back, before the
-    first step and after each. repeat: how often each stride but the last is made, fresh() noise leading back between
-    two, so that what is made and what is known can agree (Lugmayr et al. 2022, section 4.2). watch(x, part) sees every
-    state and how far it has come, 0 to 1.
+    is kept. clamp(x, t) puts known cells back, before the first step and after each. repeat: how often each stride but
+    the last is made, fresh() noise leading back between two, so that what is made and what is known can agree (Lugmayr
+    et al. 2022, section 4.2). watch(x, part) sees every state and how far it has come, 0 to 1.
     """
     table = alphas_bar(levels).tolist()
     times = [round((levels - 1) * (steps - i) / steps) for i in range(steps + 1)]
@@ -520,8 +520,7 @@ def denoise(predict, x, levels, steps, eta=0.0, fresh=None, limit=None, clamp=No
                 x = clamp(x, t) if clamp else x
             eps = predict(x, t)
             if limit is not None:
-                clean = ((x - (1 - abar) ** 0.5 * eps) / abar**0.5).clamp(-limit, limit)
-                eps = (x - abar**0.5 * clean) / (1 - abar) ** 0.5
+                eps = keep_in_range(x, eps, abar, limit)
             x = ddim_step(x, eps, abar, abar_next, eta, fresh() if eta and t_next else 0)
             x = clamp(x, t_next) if clamp else x
     if watch:

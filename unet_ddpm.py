@@ -51,6 +51,7 @@ from common import (
     ddpm_step,
     flow_point,
     generator,
+    keep_in_range,
     linear_betas,
     load_into,
     load_tensors,
@@ -746,8 +747,8 @@ def ddpm_sample(predict, x, options, fresh, limit=None, watch=None):
     options tell steps, solver and eta. watch(x, part) sees every state and how far it has come, 0 to 1.
 
     limit: the largest value that data take, as far as training looked. At timestep 999 the data's part in x is 0.006,
-    and so whatever a network gets wrong about the noise is 160 times as wrong about the data: where that leads out of
-    their range, it is led back (in the code of Ho et al. 2020, and since).
+    and so whatever a network gets wrong about the noise is 160 times as wrong about the data: what leads out of their
+    range is led back.
     """
     table = torch.cat((signal(torch.device("cpu")), torch.ones(1)))  # so that number -1 is the data
     for t, t_next in itertools.pairwise([*timesteps(options.steps), -1]):
@@ -756,8 +757,7 @@ def ddpm_sample(predict, x, options, fresh, limit=None, watch=None):
         abar, abar_next = table[t], table[t_next]
         eps = predict(x, t, abar)
         if limit is not None:
-            data = ((x - (1 - abar) ** 0.5 * eps) / abar**0.5).clamp(-limit, limit)
-            eps = (x - abar**0.5 * data) / (1 - abar) ** 0.5
+            eps = keep_in_range(x, eps, abar, limit)
         noise = fresh() if t_next >= 0 and (options.solver == "ancestral" or options.eta) else 0
         if options.solver == "ancestral":
             x = ddpm_step(x, eps, abar, abar_next, noise)

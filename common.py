@@ -1453,9 +1453,13 @@ def open_picture(path, size=None):
             raise ValueError(f"{picture.width} x {picture.height} pixels are too many")
         if size:
             picture.draft("RGB", (2 * size, 2 * size))  # a JPEG of a camera is decoded at a fraction of its size
+        picture.load()  # what is cut short says so here
+        with contextlib.suppress(Exception):  # where only what a camera wrote beside the pixels is broken, they count
+            picture = ImageOps.exif_transpose(picture)
+        if picture.mode == "F":
+            raise ValueError("floating-point pixels, of which nobody knows what is white")
         if picture.mode.startswith("I"):  # 16 bits, which Pillow's convert would clip instead of scale
             picture = Image.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8))
-        picture = ImageOps.exif_transpose(picture)
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -1525,10 +1529,11 @@ def checksum(pictures, words=()):
     return zlib.crc32(json.dumps(list(words)).encode(), zlib.crc32(pictures.contiguous().numpy()))
 
 
-def read_metadata(paths, folder):
+def read_metadata(paths, folder, texts=True):
     """What is written about pictures: path -> (text, tags), "" and [] where nothing is. From each metadata.jsonl below
     `folder` in the imagefolder convention (lines with "file_name" and "text", "tags" or both); a text that they lack
-    from the .txt beside a picture. Raises UserError on a file that is not UTF-8 and on a line of another kind."""
+    from the .txt beside a picture, unless no `texts` are wanted. Raises UserError on a file that is not UTF-8 and on a
+    line of another kind."""
 
     def read(path):
         try:
@@ -1538,7 +1543,7 @@ def read_metadata(paths, folder):
 
     known = {path: ("", []) for path in paths}
     for path in paths:
-        if path.with_suffix(".txt").is_file():
+        if texts and path.with_suffix(".txt").is_file():
             known[path] = read(path.with_suffix(".txt")).strip(), []
     for path in sorted(Path(folder).rglob("metadata.jsonl")):
         for number, line in enumerate(read(path).split("\n"), 1):
@@ -1588,7 +1593,8 @@ def draw_set(draw, count, size):
                 tensors, words = load_tensors(cache)
                 kept = DrawnSet(tensors["pictures"], words["captions"], words["tags"])
                 same = torch.equal(kept.pictures[list(probes)], probe.pictures)
-                if same and [kept.captions[i] for i in probes] == probe.captions:
+                said = [(kept.captions[i], kept.tags[i]) for i in probes]
+                if same and said == list(zip(probe.captions, probe.tags)):
                     return kept
         # Pillow's drawing holds Python's lock, so this takes processes; forking spares each its own import of torch.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
@@ -2234,7 +2240,7 @@ table {{ border-collapse: collapse }} td {{ padding: 0 1rem 0 0; border-bottom: 
 code {{ background: #f3f3f3; padding: .2rem .4rem }}
 </style>
 <h1>{title}</h1><p>{summary}. To go on: <code>{command}</code></p>
-<h2>Samples from the averaged weights, always from the same noise</h2>{strip}
+<h2>Pictures by the averaged weights, always from the same start</h2>{strip}
 <h2>Loss</h2>{loss}{noise}
 <h2>Configuration</h2><table>{config}</table>
 </html>

@@ -156,7 +156,7 @@ def encode_folder(options, vae=None):
         with autocast(device, precision):
             return {"latents": vae.encode(pictures.to(device))}
 
-    rows = {path: {"tags": tags} for path, (_, tags) in common.read_metadata(paths, options.data).items()}
+    rows = {path: {"tags": tags} for path, (_, tags) in common.read_metadata(paths, options.data, texts=False).items()}
     done, skipped = common.write_shards(dataclasses.replace(options, out=out), paths, about, rows, encode, {})
     common.tell_skipped(skipped)
     if not done:
@@ -228,7 +228,7 @@ def load_data(config):
         names = [f"drawn face {i}" for i in range(len(tags))]
     else:
         pictures, paths, skipped = common.read_folder(config.data, config.image_size)
-        known = common.read_metadata(paths, config.data)
+        known = common.read_metadata(paths, config.data, texts=False)
         names = [str(path.relative_to(config.data)) for path in paths]
         tags = [known[path][1] for path in paths]
     return Pixels(pictures, names, tags, config.fold, config.flip), skipped

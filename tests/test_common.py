@@ -219,17 +219,27 @@ def test_folder_of_odd_files_is_read_or_counted(tmp_path):
     (tmp_path / "text.jpg").write_text("not a picture")
     (tmp_path / "notes.txt").write_text("ignored")
     Image.new("1", (9000, 9000)).save(tmp_path / "bomb.png")
+    png(tmp_path / "hurt.jpg", color=(0, 0, 255), dpi=(72, 72), exif=b"Exif\0\0 no EXIF at all")
+    Image.fromarray(np.full((20, 20), 0.5, np.float32)).save(tmp_path / "real.tif")
+    turned = np.zeros((20, 20), np.uint16)
+    turned[:10] = 65535  # white above; to be turned by 180 degrees
+    orientation = Image.Exif()
+    orientation[0x0112] = 3
+    Image.fromarray(turned).save(tmp_path / "turned.png", exif=orientation)
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pictures, paths, skipped = common.read_folder(tmp_path, 8)
     middle = {path.name: pictures[i, :, 4, 4].tolist() for i, path in enumerate(paths)}
+    corner = {path.name: pictures[i, :, 0, 0].tolist() for i, path in enumerate(paths)}
     assert middle["a.png"] == middle["misnamed.jpg"] == [255, 0, 0]
     assert middle["deep.png"] == [128, 128, 128] and middle["clear.png"] == [255, 255, 255]
     assert middle["moving.gif"][0] > 200 and middle["moving.gif"][2] < 50  # the first frame
     assert middle["wide.png"] == [0, 255, 0] and "cmyk.jpg" in middle and "palette.png" in middle
-    assert sorted(line.split(":")[0] for line in skipped) == ["bomb.png", "empty.png", "sub/truncated.png", "text.jpg"]
-    assert pictures.shape == (8, 3, 8, 8) and [str(p) for p in paths] == sorted(str(p) for p in paths)
+    assert middle["hurt.jpg"][2] > 200 and corner["turned.png"] == [0, 0, 0]
+    broken = ["bomb.png", "empty.png", "real.tif", "sub/truncated.png", "text.jpg"]
+    assert sorted(line.split(":")[0] for line in skipped) == broken
+    assert pictures.shape == (10, 3, 8, 8) and [str(p) for p in paths] == sorted(str(p) for p in paths)
 
 
 def test_folder_without_pictures_is_an_error(tmp_path):
@@ -311,6 +321,9 @@ def test_faces_are_kept_and_drawn_anew_when_the_drawing_changes(tmp_path, monkey
     stamp = kept[0].stat().st_mtime_ns
     assert torch.equal(common.draw_set(common.draw_face, 12, 16).pictures, faces.pictures)
     assert kept[0].stat().st_mtime_ns == stamp
+    tensors, words = common.load_tensors(kept[0])
+    common.save_tensors(kept[0], tensors, words | {"tags": [["of another time"]] * 12})
+    assert common.draw_set(common.draw_face, 12, 16).tags == faces.tags
     monkeypatch.setattr(common, "SKINS", {"blue": "#0000ff"})
     assert not torch.equal(common.draw_set(common.draw_face, 12, 16).pictures, faces.pictures)
 

@@ -620,6 +620,7 @@ def test_latents_are_encoded_once_and_trained_on(train, tagged, tmp_path, monkey
 
     monkeypatch.setattr(common.AutoencoderKL, "encode", encode)
     monkeypatch.setattr(unet_ddpm.Latents, "batch", batch)
+    (tagged / "00.txt").write_bytes("café".encode("latin-1"))  # a caption, which nobody asks for here
     options = dict(vae="vae.safetensors", image_size=32, channel_mult=(1,))
     excluding = options | dict(stage="exclude", exclude_tags=("rare",))
     for out in ("one", "two"):

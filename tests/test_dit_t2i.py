@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import FIXTURES
@@ -745,7 +746,7 @@ def test_what_saves_memory_changes_no_bit(optimizer, train, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_resumed_run_ends_with_the_same_bits(optimizer, train, tmp_path):
+def test_resumed_run_ends_with_the_same_bits(optimizer, train, tmp_path, monkeypatch):
     options = dict(grad_accum=2, optimizer=optimizer)
     train(tmp_path / "whole", steps=8, **options)
     options |= dict(decay="none", warmup=0.0, time_fall=0.0)
@@ -759,6 +760,20 @@ def test_resumed_run_ends_with_the_same_bits(optimizer, train, tmp_path):
         load_file(tmp_path / "whole" / "model.safetensors")["text_proj.weight"],
         load_file(tmp_path / "plain" / "model.safetensors")["text_proj.weight"],
     )
+
+    def due(self, honest=common.Run.due):
+        self.asked_to_stop = self.step == 4
+        return honest(self)
+
+    # With all that follows the budget, too.
+    options = dict(grad_accum=2, optimizer=optimizer)
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "due", due)
+        assert train(tmp_path / "cut", steps=8, **options) == 130
+    assert common.load_tensors(tmp_path / "cut" / "state.safetensors")[1]["step"] == 4
+    assert train(tmp_path / "cut", steps=8, resume=True, **options) == 0
+    one, other = (load_file(tmp_path / name / "state.safetensors") for name in ("whole", "cut"))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_more_epochs_go_on_where_fewer_ended(train, tmp_path):
@@ -939,9 +954,25 @@ def test_sample_draws_a_row_for_each_prompt(weights, tmp_path, monkeypatch, caps
     assert Image.open("a.png").size == (24, 36) and len(list((tmp_path / "each").iterdir())) == 6
     assert Image.open("a.gif").n_frames >= 3
     assert "unknown word 'sqare'; near it are square" in capsys.readouterr().err
+    away_from = []
+
+    def sample(model, options, text, null, *more, honest=dit_t2i.sample):
+        away_from.append(null)
+        return honest(model, options, text, null, *more)
+
+    monkeypatch.setattr(dit_t2i, "sample", sample)
     assert dit_t2i.main([*words, "--out", "b.png", "--negative", "red"]) == 0
     assert dit_t2i.main([*words, "--out", "c.png"]) == 0
     assert Image.open("b.png").tobytes() != Image.open("c.png").tobytes()
+    told = common.load_tensors(weights)[1]["text"]
+    known = Words(told["words"], told["length"])
+    assert torch.equal(away_from[0], known(["red"])) and torch.equal(away_from[1], known([""]))
+    # Picture 1 of a prompt is picture 0 of the next seed.
+    for out, more in (("both", ["--seed", "0"]), ("alone", ["--seed", "1", "--num", "1"])):
+        assert dit_t2i.main([*words, *more, "--each", out, "--precision", "fp32"]) == 0
+    both, alone = (sorted((tmp_path / out).iterdir()) for out in ("both", "alone"))
+    zero, one, same = (np.asarray(Image.open(path), int) for path in (*both[2:4], alone[1]))
+    assert np.abs(one - same).max() <= 1 < np.abs(one - zero).max()
 
 
 @pytest.mark.parametrize(
@@ -1124,7 +1155,7 @@ def other_clip(partners):
     return folder
 
 
-def test_training_and_sampling_from_shards(prepare, partners, tmp_path, capsys):
+def test_training_and_sampling_from_shards(prepare, partners, tmp_path, monkeypatch, capsys):
     assert prepare() == 0
     words = ["train", "--preset", "paper", "--data", "shards", "--out", "run", "--epochs", "2", "--batch-size", "8"]
     words += ["--patch-size", "1", "--depth", "1", "--num-heads", "2", "--head-dim", "8", "--device", "cpu"]
@@ -1145,6 +1176,14 @@ def test_training_and_sampling_from_shards(prepare, partners, tmp_path, capsys):
     sampling += ["--vae", str(partners[0]), "--clip", str(partners[1])]
     assert dit_t2i.main([*sampling, "--size", "32", "--gif", "a.gif"]) == 0
     assert Image.open("samples/dit_t2i.png").size == (32, 32)
+    tiles = []
+
+    def decode_tiled(vae, latents, tile, honest=common.decode_tiled):
+        tiles.append(tile)
+        return honest(vae, latents, tile)
+
+    monkeypatch.setattr(common, "decode_tiled", decode_tiled)
+    assert dit_t2i.main([*sampling, "--tile", "32"]) == 0 and tiles == [32]
     # Another VAE of the same shape, and one with other channels.
     torch.manual_seed(1)
     other = tmp_path / "other.safetensors"

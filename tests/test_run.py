@@ -27,6 +27,8 @@ import serpentine_vae
 import unet_ddpm
 from common import UserError
 
+SYSTEMS = [jit_lab, dit_t2i, unet_ddpm, serpentine_vae]
+
 
 @pytest.fixture
 def train(folder, tmp_path, monkeypatch):
@@ -426,7 +428,7 @@ def test_novelty_writes_a_sheet_and_a_table(train, folder, command, tmp_path):
     assert Image.open(tmp_path / "samples" / "jit_lab_novelty.png").size[0] > 100
 
 
-@pytest.mark.parametrize("module", [jit_lab, dit_t2i, unet_ddpm])
+@pytest.mark.parametrize("module", SYSTEMS)
 def test_help_explains_verbs_and_options(command, capsys, module):
     file = f"{module.__name__}.py"
     code, out, errors = command(file=file)
@@ -440,8 +442,19 @@ def test_help_explains_verbs_and_options(command, capsys, module):
         assert (field.metadata["flag"] or "--" + name.replace("_", "-"))[2:] in options
 
 
+def test_novelty_names_the_nearest_picture(train, folder, tmp_path, monkeypatch):
+    train(tmp_path / "runs" / "jit_lab", steps=1)
+    pictures, names, _ = common.load_pictures(str(folder), 16)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(jit_lab, "sample", lambda *arguments: pictures[[5, 17, 2]] / 255)
+    assert jit_lab.main(["novelty", "--num", "3", "--data", str(folder)]) == 0
+    rows = read_log(tmp_path / "samples" / "jit_lab_novelty.csv")
+    assert [row["nearest"] for row in rows] == [names[i] for i in (5, 17, 2)]
+    assert max(float(row["distance"]) for row in rows) < 1e-3
+
+
 def test_importing_has_no_side_effect(tmp_path):
-    words = "import jit_lab, dit_t2i, unet_ddpm, os, sys; assert not os.listdir()"
+    words = "import jit_lab, dit_t2i, unet_ddpm, serpentine_vae, os, sys; assert not os.listdir()"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, "-c", words, "--no-such-option"], cwd=tmp_path, env=environment)
     assert done.returncode == 0 and not list(tmp_path.iterdir())
@@ -451,14 +464,13 @@ def test_readme_names_only_what_exists():
     readme = (ROOT / "README.md").read_text()
     for path in re.findall(r"\]\(([^)#:]+)\)|src=\"([^\":]+)\"", readme):
         assert (ROOT / (path[0] or path[1])).exists(), path
-    for name, module in (("jit_lab", jit_lab), ("dit_t2i", dit_t2i), ("unet_ddpm", unet_ddpm)):
-        fields = [field for _, config, *_ in module.VERBS.values() for field in dataclasses.fields(config)]
-        flags = {field.metadata["flag"] or "--" + field.name.replace("_", "-") for field in fields}
-        flags |= {"--preset", "--help"}
-        lines = re.findall(rf"python {name}\.py ([a-z]+)([^\n`]*)", readme)
-        assert lines
+    for module in SYSTEMS:
+        name = module.__name__
+        lines = re.findall(rf"(?:python|torchrun[^\n`]*) {name}\.py ([a-z-]+)([^\n`]*)", readme.replace("\\\n", " "))
+        assert len(lines) > 3
         for verb, rest in lines:
-            assert verb in module.VERBS and set(re.findall(r"--[a-z-]+", rest)) <= flags, rest
+            flags = {common.flag_of(field) for field in dataclasses.fields(module.VERBS[verb][1])}
+            assert set(re.findall(r"--[a-z-]+", rest)) <= flags | {"--preset", "--help"}, rest
         for function in re.findall(rf"`{name}\.([A-Za-z_]+)`", readme):
             assert hasattr(module, function), function
     for function in re.findall(r"`common\.([A-Za-z_]+)`", readme):

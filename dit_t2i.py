@@ -18,7 +18,7 @@ and sample. The picture books at the beginning, emoji and drawn scenes, are ther
 
 Measured on two cores with AVX512-BF16: ten minutes of drawn scenes are 66,000 pictures, to a held-out loss of 0.063.
 The weights that come with the code saw a million pictures of emoji in two and a half hours (README tells how);
-`evaluate` then found the right hue in all of 200 unseen pairs and the right thing in 98.5 %; `sample "a red car"
+`evaluate` then found the right hue in all of 200 unseen pairs and the right thing in 96.5 %; `sample "a red car"
 --num 4` takes 4 seconds, start included.
 """
 

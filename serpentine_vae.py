@@ -674,7 +674,8 @@ def train(config):
     begun = [(folder / "state.safetensors").exists() for folder in (Path(config.out or RUN), vae_folder(config))]
     if config.resume and not config.vae and begun == [False, True]:  # what is to be resumed is the first stage
         config = dataclasses.replace(config, resume=False)
-        (Path(config.out or RUN) / "log.csv").unlink(missing_ok=True)  # of a denoiser that never reached a checkpoint
+        for name in ("log.csv", "skipped.txt"):  # of a denoiser that never reached a checkpoint
+            (Path(config.out or RUN) / name).unlink(missing_ok=True)
     run = Run(config, "serpentine_vae")  # a folder that will not do should say so before the first stage
     if alphas_bar(config.levels)[-1] > 0.01:
         print(f"warning: {config.levels} levels do not end in noise, where sampling begins; take 1001", file=sys.stderr)

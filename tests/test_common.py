@@ -165,6 +165,9 @@ def test_ema_is_the_weighted_sum_it_claims_to_be():
     before = ema.weight.clone()
     common.update_ema(ema, model, 401, 0.98)
     assert torch.equal(ema.weight, before)
+    model.weight.data.add_(1)
+    common.update_ema(ema, model, 401, 0.0)
+    assert torch.equal(ema.weight, model.weight)
 
 
 def test_compiler_that_does_not_work_stops_nothing(tmp_path, monkeypatch):

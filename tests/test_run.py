@@ -383,6 +383,7 @@ def test_full_disk_spares_the_last_checkpoint(folder, command, tmp_path, monkeyp
         (["sample", "--cfg", "3"], "--cfg 3.0: this checkpoint has one class, from which nothing differs"),
         (["sample", "--out", "grid"], "grid: name a picture file that can be written"),
         (["sample", "--gif", "way.mp4"], "way.mp4: name a picture file that can be written"),
+        (["export", "--out", "x.safetensors"], "no weights at runs/jit_lab/model.safetensors; train some first"),
         (["export", "--weights", "w.pth", "--out", "x.safetensors"], "w.pth is no model.safetensors of jit_lab.py"),
         (["novelty", "--weights", "w.pth"], "does not say what it was trained on; name its pictures with --data"),
         (["novelty", "--alexnet", "a.pth"], "LPIPS needs two files"),
@@ -397,6 +398,12 @@ def test_mistake_is_one_line_and_code_two(words, message, tmp_path, monkeypatch,
     assert errors.startswith("error: ") and errors.count("\n") == 1 and message in errors
 
 
+def test_a_rank_that_torchrun_did_not_give_is_nobodys(train, tmp_path, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
+    assert train(tmp_path / "run", steps=1) == 0
+
+
 def test_export_halves_a_checkpoint_and_nothing_else(train, tmp_path, capsys):
     train(tmp_path / "run", steps=1)
     words = ["export", "--out", "half.safetensors", "--weights"]
@@ -405,6 +412,8 @@ def test_export_halves_a_checkpoint_and_nothing_else(train, tmp_path, capsys):
     assert whole.keys() == half.keys() and all(torch.equal(half[key], whole[key].bfloat16()) for key in whole)
     assert jit_lab.load_model("half.safetensors", "cpu")[1] == jit_lab.load_model("run/model.safetensors", "cpu")[1]
     capsys.readouterr()
+    assert jit_lab.main(["export", "--out", ".", "--weights", "run/model.safetensors"]) == 2
+    assert capsys.readouterr().err.startswith("error: cannot write .: ")
     assert jit_lab.main([*words, "run/state.safetensors"]) == 2
     assert "run/state.safetensors is no model.safetensors of jit_lab.py" in capsys.readouterr().err
 

@@ -672,25 +672,23 @@ def test_train_goes_on_with_a_vae_that_was_left_half_done(pictures, tmp_path):
     assert header["step"] == SMALL["vae_steps"]
 
 
-def test_resume_goes_on_with_whichever_stage_was_interrupted(pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(common.Run, "due", interrupted_after(2))
+@pytest.mark.parametrize("stage", ["run-vae", "run"])
+def test_resume_goes_on_with_whichever_stage_was_interrupted(stage, trained, pictures, tmp_path, monkeypatch):
     settings = SMALL | dict(data=str(pictures), out=str(tmp_path / "run"))
-    assert serpentine.train(Config(**settings)) == 130
-    assert not (tmp_path / "run" / "state.safetensors").exists()
-    monkeypatch.undo()
+
+    def due(self, honest=common.Run.due):
+        """Ctrl-C is pressed after two steps of the stage."""
+        self.asked_to_stop = self.folder.name == stage and self.step >= 2
+        return honest(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "due", due)
+        assert serpentine.train(Config(**settings)) == 130
+    assert (tmp_path / "run" / "state.safetensors").exists() == (stage == "run")
     assert serpentine.train(Config(**settings | dict(resume=True))) == 0
-    assert (tmp_path / "run" / "model.safetensors").exists()
-
-
-def interrupted_after(steps):
-    """Run.due() of a run in which Ctrl-C is pressed after so many steps."""
-    honest = common.Run.due
-
-    def due(run):
-        run.asked_to_stop = run.step >= steps
-        return honest(run)
-
-    return due
+    for one, other in ((tmp_path / "run-vae", trained.parent / "tiny-vae"), (tmp_path / "run", trained)):
+        ours, theirs = weights_of(one), weights_of(other)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_a_vae_of_other_sizes_brings_its_own(pictures, tmp_path):
@@ -798,10 +796,12 @@ def test_a_denoiser_that_has_begun_goes_on_with_its_own_vae(trained, pictures, t
 
 
 def test_a_vae_that_is_done_stays_though_the_denoiser_begins_anew(trained, pictures, tmp_path):
-    """Killed before its first checkpoint, it has left a log; and another option for it does not suit the VAE's run."""
+    """Killed before its first checkpoint, it has left a log and what was skipped; and another option for it does not
+    suit the VAE's run."""
     shutil.copytree(trained.parent / "tiny-vae", tmp_path / "run-vae")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "log.csv").write_text("step\n")
+    (tmp_path / "run" / "skipped.txt").write_text("broken.png: no picture\n")
     own = dict(data=str(pictures), out=f"{tmp_path}/run", resume=True)
     with pytest.raises(
         UserError, match=f"made with --ema .*or keep the VAE that is there with --vae {tmp_path}/run-vae"

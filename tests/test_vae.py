@@ -1,7 +1,9 @@
 """common.py's autoencoders against diffusers at full size, naive forwards and the published layouts."""
 
 import json
+import sys
 import tempfile
+import types
 
 import pytest
 import torch
@@ -110,10 +112,16 @@ def test_our_own_names_are_untouched_by_the_rename_table():
             assert rename(key, dict(VAE_NAMES)) == key
 
 
-def test_a_whole_sd_checkpoint_is_searched_for_its_autoencoder(tmp_path):
+def test_a_whole_sd_checkpoint_is_searched_for_its_autoencoder(tmp_path, monkeypatch):
     vae = small()
     content = ldm(vae.state_dict(), "first_stage_model.") | {"model.diffusion_model.out.2.bias": torch.zeros(4)}
-    torch.save({"state_dict": content, "global_step": 7}, tmp_path / "sd.ckpt")
+    trainer = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")  # published ones name its class
+    trainer.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": trainer.__name__})
+    with monkeypatch.context() as patch:
+        for name in ("pytorch_lightning", "pytorch_lightning.callbacks", trainer.__name__):
+            patch.setitem(sys.modules, name, trainer)
+        callbacks = {trainer.ModelCheckpoint: {"best_model_path": "nowhere"}}
+        torch.save({"state_dict": content, "global_step": 7, "callbacks": callbacks}, tmp_path / "sd.ckpt")
     z = torch.randn(1, 4, 4, 4)
     vae.to(memory_format=torch.channels_last)
     assert torch.equal(load_vae(tmp_path / "sd.ckpt").decode(z), vae.decode(z))

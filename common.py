@@ -604,7 +604,10 @@ def world():
 
 def set_up(config):
     """(device, precision) that this process trains with; under torchrun, meet the others first. Raises UserError."""
-    launched = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun; a cluster may well set RANK for its own ends
+    # A cluster may set some of these for its own ends; torchrun sets them all.
+    launched = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= os.environ.keys()
+    if not launched and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("WORLD_SIZE is set, but not by torchrun; start the processes with torchrun, or unset it")
     if config.fsdp and not launched:
         raise UserError("--fsdp shards over processes; start them with torchrun --nproc-per-node N FILE.py train ...")
     passes = config.grad_accum * (int(os.environ["WORLD_SIZE"]) if launched else 1)

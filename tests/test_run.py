@@ -402,6 +402,9 @@ def test_a_rank_that_torchrun_did_not_give_is_nobodys(train, tmp_path, monkeypat
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "1")
     assert train(tmp_path / "run", steps=1) == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="not by torchrun"):
+        train(tmp_path / "other", steps=1)
 
 
 def test_export_halves_a_checkpoint_and_nothing_else(train, tmp_path, capsys):

@@ -1460,7 +1460,7 @@ def open_picture(path, size=None):
         if size:
             picture.draft("RGB", (2 * size, 2 * size))  # a JPEG of a camera is decoded at a fraction of its size
         picture.load()  # what is cut short says so here
-        with contextlib.suppress(Exception):  # where only what a camera wrote beside the pixels is broken, they count
+        with contextlib.suppress(Exception):  # a broken EXIF block turns nothing, but the pixels are there
             picture = ImageOps.exif_transpose(picture)
         if picture.mode == "F":
             raise ValueError("floating-point pixels, of which nobody knows what is white")

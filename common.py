@@ -1477,13 +1477,25 @@ def read_picture(path, size):
     return np.asarray(ImageOps.fit(open_picture(path, size), (size, size), Image.Resampling.LANCZOS))
 
 
+def files_below(folder):
+    """Paths of all files below `folder`, links to folders followed, each folder once, however many links lead there."""
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()  # of two ways to a folder, every machine takes the same
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+        else:
+            yield from (Path(place, name) for name in names)
+        seen.add(real)
+
+
 def picture_paths(folder):
     """All files below `folder` that should be pictures, sorted, so that picture number i is the same on every machine;
     those within run folders, which training drew, are none. Raises UserError if there is none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; name a folder of pictures, or leave --data out for drawn ones")
-    files = [path for path in folder.rglob("*") if path.is_file()]
+    files = [path for path in files_below(folder) if path.is_file()]
     runs = {path.parent for path in files if path.name == "state.safetensors"}
     paths = sorted(p for p in files if p.suffix.lower() in PICTURE_SUFFIXES and runs.isdisjoint(p.parents))
     if not paths:
@@ -1551,7 +1563,7 @@ def read_metadata(paths, folder, texts=True):
     for path in paths:
         if texts and path.with_suffix(".txt").is_file():
             known[path] = read(path.with_suffix(".txt")).strip(), []
-    for path in sorted(Path(folder).rglob("metadata.jsonl")):
+    for path in sorted(path for path in files_below(folder) if path.name == "metadata.jsonl"):
         for number, line in enumerate(read(path).split("\n"), 1):
             if not line.strip():
                 continue

@@ -248,6 +248,22 @@ def test_folder_of_odd_files_is_read_or_counted(tmp_path):
     assert pictures.shape == (10, 3, 8, 8) and [str(p) for p in paths] == sorted(str(p) for p in paths)
 
 
+def test_links_to_folders_are_followed_and_no_folder_is_read_twice(tmp_path):
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "data"
+    (elsewhere / "deep").mkdir(parents=True)
+    (folder / "own").mkdir(parents=True)
+    for path in (elsewhere / "a.png", elsewhere / "deep" / "b.png", folder / "own" / "c.png"):
+        png(path)
+    (elsewhere / "metadata.jsonl").write_text('{"file_name": "deep/b.png", "text": "behind a link"}')
+    (folder / "linked").symlink_to(elsewhere, target_is_directory=True)
+    (folder / "again").symlink_to(folder / "own", target_is_directory=True)  # sorted, the first to be seen
+    (elsewhere / "deep" / "up").symlink_to(folder, target_is_directory=True)  # round and round
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    paths = common.picture_paths(folder)
+    assert [str(path.relative_to(folder)) for path in paths] == ["again/c.png", "linked/a.png", "linked/deep/b.png"]
+    assert common.read_metadata(paths, folder)[folder / "linked" / "deep" / "b.png"][0] == "behind a link"
+
+
 def test_folder_without_pictures_is_an_error(tmp_path):
     with pytest.raises(UserError, match="no folder"):
         common.read_folder(tmp_path / "missing", 8)

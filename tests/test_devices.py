@@ -133,7 +133,7 @@ def test_unet_ddpm(gpu, folder, partners):
 
 def test_serpentine_vae(gpu, folder, monkeypatch):
     gpu(serpentine_vae, "train", *FEW, *"--image-size 24 --vae-steps 1".split())
-    gpu(serpentine_vae, *"sample --num 2 --steps 1 --solver ancestral --gif film.gif".split())
+    gpu(serpentine_vae, *"sample --num 2 --steps 2 --solver ancestral --gif film.gif".split())
     gpu(serpentine_vae, *"reconstruct --data pictures".split())
     gpu(serpentine_vae, "leakage")
     # A mask on the stand-in neither keeps everything nor nothing.

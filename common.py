@@ -1478,15 +1478,18 @@ def read_picture(path, size):
 
 
 def files_below(folder):
-    """Paths of all files below `folder`, links to folders followed, each folder once, however many links lead there."""
-    seen = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders.sort()  # of two ways to a folder, every machine takes the same
-        if (real := os.path.realpath(place)) in seen:
-            folders.clear()
-        else:
+    """Paths of all files below `folder`, then of those behind its links to folders; each folder once, by whichever way
+    comes first, so that links may lead round in circles."""
+    starts, seen = [folder], set()
+    for start in starts:
+        for place, folders, names in os.walk(start):
+            if (real := os.path.realpath(place)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders.sort()  # of two links to a folder, every machine takes the same
+            starts += filter(os.path.islink, [os.path.join(place, name) for name in folders])
             yield from (Path(place, name) for name in names)
-        seen.add(real)
 
 
 def picture_paths(folder):

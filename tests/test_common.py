@@ -256,11 +256,11 @@ def test_links_to_folders_are_followed_and_no_folder_is_read_twice(tmp_path):
         png(path)
     (elsewhere / "metadata.jsonl").write_text('{"file_name": "deep/b.png", "text": "behind a link"}')
     (folder / "linked").symlink_to(elsewhere, target_is_directory=True)
-    (folder / "again").symlink_to(folder / "own", target_is_directory=True)  # sorted, the first to be seen
+    (folder / "again").symlink_to(folder / "own", target_is_directory=True)  # whose pictures keep their own names
     (elsewhere / "deep" / "up").symlink_to(folder, target_is_directory=True)  # round and round
     (folder / "gone.png").symlink_to(tmp_path / "nowhere.png")
     paths = common.picture_paths(folder)
-    assert [str(path.relative_to(folder)) for path in paths] == ["again/c.png", "linked/a.png", "linked/deep/b.png"]
+    assert [str(path.relative_to(folder)) for path in paths] == ["linked/a.png", "linked/deep/b.png", "own/c.png"]
     assert common.read_metadata(paths, folder)[folder / "linked" / "deep" / "b.png"][0] == "behind a link"
 
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import FIXTURES, TINY
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from skimage import color
 
 import common
@@ -27,18 +26,6 @@ def sample(model, config, seeds, watch=None, **options):
 
 
 # ---- model ----
-
-
-@pytest.mark.parametrize("name", ["jit_dev_0", "jit_dev_1"])
-def test_forward_equals_the_official_jit(name):
-    path = FIXTURES / f"{name}.safetensors"
-    with safe_open(path, "pt") as file:
-        config = json.loads(file.metadata()["config"])
-    tensors = load_file(path)
-    model = JiT(**config)
-    model.load_state_dict({k.removeprefix("weight."): v for k, v in tensors.items() if k.startswith("weight.")})
-    output = model.eval()(tensors["input.x"], tensors["input.t"], tensors["input.y"])
-    assert (output - tensors["output"]).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -1539,7 +1539,7 @@ def read_folder(folder, size):
 def load_pictures(data, size):
     """What --data names, "drawn" or a folder -> ((N, 3, size, size) uint8, their names, lines about skipped files)."""
     if data == "drawn":
-        pictures = draw_set(draw_face, 10_000, size).pictures
+        pictures = draw_set(paint_face, 10_000, size).pictures
         return pictures, [f"drawn face {i}" for i in range(len(pictures))], []
     pictures, paths, skipped = read_folder(data, size)
     return pictures, [str(path) for path in paths], skipped
@@ -2295,189 +2295,58 @@ def svg_chart(curves, width=760, height=260, points=400):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Drawn faces: an endless, seeded cast of characters, each with a caption and tags. The default data of every system.
-
-# fmt: off
-# A drawn face is a stack of paper cut-outs. A cut-out is a pair (colour, outline), and the tables below map what a
-# caption can say ("a grin") to the cut-outs that show it, lowest first: to invent a new hat, add a row.
+# Painted pictures: faces with a caption and tags, and scenes with a caption. Picture number `seed` is the same on
+# every machine, so that a data set needs no download. These are the default data (`--data drawn`).
 #
-# Coordinates: (0, 0) is the centre of the face, x grows to the right and y downwards. The picture reaches from about
-# -1 to 1 both ways, the eyes lie at y = .15 and the chin at .65. Pixels appear nowhere, so any picture size will do.
+# What there is to paint stands in assets/faces.json and assets/scenes.json. A thing is a list of shapes, painted in
+# this order. A shape is [colour, outline]. An outline is a list of points [x, y], the control points of a closed
+# quadratic B-spline: the curve runs from the middle of one side of their polygon to the middle of the next, and a
+# point given twice is a sharp corner. x grows to the right and y downwards, and (0, 0) is the centre. The picture
+# reaches from -1 to 1 both ways, and so does a thing of a scene in its own frame.
+#
+# To add a thing, add an entry to its table: the key is what the caption says ("a grin", "rocket"; {} stands for a
+# colour's name), the value its shapes. The order of the keys decides what a seed gives. The colour of a shape is one of
+# Pillow's (a name or "#rrggbb") or a name that depends on the picture:
+#   in faces.json   skin, hair, cloth, trim (of accessories), and the mixtures listed under "shades"
+#   in scenes.json  body (the colour in the caption), deep (its shade), light, blush, face (the ink of eyes and mouth),
+#                   the colours under "details", and in backgrounds ground and pale
+# In faces.json a hair style has two layers, "behind" the head and the outline "dome" in front of it, whose lower edge
+# is a fringe. In scenes.json a colour lists under "avoid" the backgrounds on which it would not be seen.
 
-# Palettes. Names that can follow "a" start with a consonant ("a ginger bob", "a teal background").
-SKINS = {"pale": "#ffe4d6", "light": "#fcd5bd", "peach": "#f6c19c", "tan": "#dea377", "brown": "#b97c54",
-         "dark": "#8a563c"}
-HAIRS = {"black": "#3a3547", "brown": "#5f3d30", "chestnut": "#98512f", "ginger": "#e8833f", "blond": "#f6d27a",
-         "silver": "#cdd1de", "red": "#cf4450", "pink": "#f590b0", "purple": "#9069c9", "blue": "#4f80d6",
-         "teal": "#3fb0ac", "green": "#6db36b"}
-IRISES = {"brown": "#8a4f2d", "amber": "#dd9526", "green": "#46a35c", "teal": "#1fa3a3", "blue": "#3c86de",
-          "violet": "#8a5bd0", "red": "#d04a56", "grey": "#7b8798"}
-CLOTHES = {"red": "#e0595c", "coral": "#f58a6c", "yellow": "#f5c24c", "green": "#66b07a", "teal": "#46a5a8",
-           "blue": "#5a8de0", "navy": "#3f4f80", "purple": "#8d6fc4", "pink": "#ee8fb0", "white": "#f6f3ee"}
-BACKGROUNDS = {"blue": "#a9d3f5", "green": "#b9e3bd", "yellow": "#fbe6a2", "peach": "#fccfb4", "pink": "#fbc8d8",
-               "lilac": "#d5c8f2", "mint": "#b0e6da", "cream": "#f8ecd8", "teal": "#7cc5c9", "rose": "#ee9fa9"}
-WHITE, INK, PLUM, ROSE, RUST = (255, 255, 255), (52, 34, 56), (74, 28, 72), (235, 80, 100), (150, 55, 45)
-
-
-# Outlines are control points of a closed curve that, like a letter of a TrueType font, bends from the middle of one
-# side of their polygon to the middle of the next. It never overshoots, and a point given twice is a sharp corner.
-def tips(points):
-    """Sharpen every other point, from the first: tip, curve, tip, curve..."""
-    return [p for i, p in enumerate(points) for _ in range(2 - i % 2)]
+PAINTS = {"white": (255, 255, 255), "ink": (52, 34, 56), "plum": (74, 28, 72), "rose": (235, 80, 100)}
+PAINTS |= {"rust": (150, 55, 45)}
 
 
-def flip(points):
-    return [(-x, y) for x, y in reversed(points)]
+@functools.cache
+def picture_tables(name):
+    """assets/NAME.json: tables of colours and of things, as described above."""
+    return json.loads((Path(__file__).parent / "assets" / f"{name}.json").read_text("utf-8"))
 
 
-def mirror(half):
-    """A symmetric outline from its right half."""
-    return half + flip(half)
-
-
-def pair(colour, points):
-    """The same cut-out on both sides of the face."""
-    return [(colour, points), (colour, flip(points))]
-
-
-def oval(x, y, rx, ry):
-    angles = [(k + .5) * math.pi / 4 for k in range(8)]  # an octagon; 1.08 makes its sides touch the oval
-    return [(x + 1.08 * rx * math.cos(a), y + 1.08 * ry * math.sin(a)) for a in angles]
-
-
-def arc(x, y, width, bend, thick, slant=0.0):
-    """A brush stroke around (x, y), `width` long on either side, that sags by `bend` in the middle."""
-    def edge(t):
-        return [(x - width, y - slant + t / 2), (x - width / 2, y - slant / 2 + bend + t),
-                (x + width / 2, y + slant / 2 + bend + t), (x + width, y + slant + t / 2)]
-    return edge(thick / 2) + edge(-thick / 2)[::-1]
-
-
-def open_eye(side, w, h, lid=0.0, slant=0.0):
-    """The eye on one side (-1 or 1). Both have their glints on the left, for one sun lights them."""
-    x, y, slant, top = side * .27, .15, side * slant, .15 - .62 * h + lid
-    return [("white", oval(x, y, w, h)), ("rim", oval(x, y + .01, .78 * w, .93 * h)),
-            ("iris", oval(x, y + .32 * h, .6 * w, .55 * h)), ("ink", oval(x, y + .02, .38 * w, .46 * h)),
-            ("skin", [(x - .22, -.1), (x + .22, -.1), (x + .22, top + slant), (x - .22, top - slant)]),
-            ("ink", arc(x, top, 1.2 * w, -.3 * h, .085, slant)),
-            ("white", oval(x - .05, top + .09, .05, .055)), ("white", oval(x + .05, y + .5 * h, .03, .03))]
-
-
-def closed_eye(side, bend):
-    return [("ink", arc(side * .27, .17 - bend / 2, .16, bend, .075))]
-
-
-# What every face has. Colours go by their role ("shade"), which draw_face turns into paint.
-BODY = [("skin", mirror([(.17, .3), (.17, .7), (.3, .9), (.3, 1.3)])),
-        ("shade", mirror([(.18, .3), (.19, .74), (.06, .82)])),  # the shadow of the chin on the neck
-        ("cloth", mirror([(.1, .98), (.22, .72), (.5, .8), (.84, .95), (.95, 1.5)]))]
-HEAD = mirror([(.2, -.66), (.5, -.56), (.59, -.1), (.55, .3), (.34, .55), (.12, .66)])
-EARS = [*pair("skin", oval(.56, .16, .1, .14)), *pair("shade", oval(.56, .17, .05, .08))]
-SHINE = mirror(tips([(.06, -.5), (.14, -.6), (.28, -.45), (.38, -.52), (.5, -.38)]) + [(.34, -.64), (.1, -.72)])
-
-# Hair comes in two layers with the head between them. The one behind, after the height where its side locks end...
-NAPE = [("dark", mirror([(.3, -.86), (.64, -.6), (.68, 0), (.58, .38), (.2, .5)]))]
-PONYTAIL = [(.3, -.75), (.65, -1), (1.02, -.6), (.88, .1), (1, .55), (1, .55), (.7, .3), (.74, -.3), (.5, -.45)]
-TAIL = [(.5, -.45), (.72, -.72), (1, -.5), (1.02, .2), (.86, .9), (.86, .9), (.74, .3), (.66, -.1)]
-SPIKES = tips([(0, -.84), (.1, -.84), (.22, -1.1), (.3, -.8), (.66, -.98), (.6, -.7), (.94, -.6), (.68, -.36),
-               (.98, -.1), (.7, .04), (.8, .3), (.5, .16)])
-STYLES = {
-    "short {} hair": (.06, NAPE),
-    "a {} bob": (.42, [("dark", mirror([(.3, -.86), (.68, -.6), (.7, .1), (.84, .62), (.6, .76), (.3, .6)]))]),
-    "long {} hair": (.5, [("dark", mirror([(.3, -.86), (.7, -.6), (.7, .2), (.82, 1.4), (.3, 1.4)]))]),
-    "wavy {} hair": (.4, [("dark", mirror([(.3, -.86), (.7, -.56), (.62, -.1), (.97, .25), (.62, .6), (1, .95)]))]),
-    "a {} ponytail": (.2, [*NAPE, ("mid", PONYTAIL), ("trim", oval(.58, -.66, .14, .12))]),
-    "{} twin tails": (.3, [*NAPE, *pair("mid", TAIL), *pair("trim", oval(.68, -.46, .1, .14))]),
-    "a {} bun": (.15, [*NAPE, ("mid", oval(0, -.93, .27, .22)), ("trim", arc(0, -.86, .2, -.03, .12))]),
-    "{} double buns": (.3, [*NAPE, *pair("mid", oval(.53, -.74, .25, .24))]),
-    "spiky {} hair": (.06, [("hair", mirror(SPIKES))]),
-    "curly {} hair": (.15, [("mid", oval(.74 * math.sin(k / 2), -.16 - .7 * math.cos(k / 2), .27, .27))
-                            for k in (-5, 5, -4, 4, -3, 3, -2, 2, -1, 1, 0)]),
-    "{} braids": (.2, NAPE + [p for k in range(4) for p in pair("mid", oval(.62 + .03 * k, .3 + .2 * k, .15, .15))]),
-}
-# ... and the lower edge of the one in front, from right to left: tip, gap, tip, gap...
-FRINGES = {
-    "straight fringe": mirror(tips([(.5, -.02), (.42, -.26), (.34, -.17), (.22, -.28), (.12, -.16), (.04, -.26)])),
-    "choppy fringe": mirror(tips([(.5, -.02), (.42, -.38), (.32, -.17), (.2, -.42), (.1, -.14), (.03, -.36)])),
-    "curly fringe": mirror([*tips([(.52, -.14), (.4, -.08), (.28, -.3), (.14, -.12)]), (0, -.32)]),
-    "swept fringe": tips([(.52, .02), (.42, -.2), (.36, -.5), (.1, -.14), (-.3, -.14), (-.42, -.18), (-.52, .06)]),
-    "parted fringe": tips([(.52, .08), (.46, -.35), (.1, -.66), (-.36, -.36), (-.52, .08)]),
-    "high hairline": mirror([*tips([(.53, -.05), (.46, -.52)]), (0, -.42)]),
-}
-EYES = {
-    "round {} eyes": open_eye(-1, .15, .19) + open_eye(1, .15, .19),
-    "gentle {} eyes": open_eye(-1, .15, .17, .02, .05) + open_eye(1, .15, .17, .02, .05),
-    "sharp {} eyes": open_eye(-1, .165, .16, .02, -.05) + open_eye(1, .165, .16, .02, -.05),
-    "sleepy {} eyes": open_eye(-1, .15, .18, .1) + open_eye(1, .15, .18, .1),
-    "winking {} eyes": open_eye(-1, .15, .19) + closed_eye(1, -.13),
-    "happy closed eyes": closed_eye(-1, -.15) + closed_eye(1, -.15),
-    "calm closed eyes": closed_eye(-1, .12) + closed_eye(1, .12),
-}
-BROWS = {"flat": arc(.27, -.12, .13, -.02, .055), "raised": arc(.27, -.15, .13, -.06, .055),
-         "worried": arc(.27, -.13, .12, -.03, .055, .04), "bold": arc(.27, -.12, .14, -.03, .08, -.02)}
-MOUTHS = {
-    "a smile": [("lips", arc(0, .42, .16, .09, .055))],
-    "a grin": [("white", tips([(-.19, .38), (0, .4), (.19, .38), (.14, .56), (0, .58), (-.14, .56)]))],
-    "a laugh": [("mouth", tips([(-.18, .37), (0, .39), (.18, .37), (0, .76)])), ("tongue", oval(0, .51, .07, .035))],
-    "a cheeky tongue": [("tongue", oval(.06, .52, .065, .075)), ("lips", arc(0, .42, .16, .08, .055))],
-    "a surprised mouth": [("mouth", oval(0, .47, .065, .08))],
-    "a neutral look": [("lips", arc(0, .45, .12, .01, .055))],
-    "a frown": [("lips", arc(0, .5, .14, -.07, .055))],
-    "a smirk": [("lips", arc(.04, .44, .14, .05, .055, -.05))],
-}
-CHEEKS = {"": [], "rosy cheeks": pair("blush", oval(.38, .36, .11, .065)), "freckles": [
-    p for x, y in [(.28, .37), (.36, .41), (.44, .36)] for p in pair("freckle", oval(x, y, .022, .022))]}
-TOPS = {
-    "t-shirt": [("skin", arc(0, .72, .25, .1, .3))],
-    "shirt": pair("bright", [(.16, .72), (.26, .62), (.5, .84), (.26, 1.06), (.26, 1.06), (.02, .94), (.02, .94)]),
-    "turtleneck": [("deep", arc(0, .78, .27, .04, .3))],
-    "hoodie": [("deep", mirror([(.1, .92), (.26, .56), (.56, .82), (.34, 1.14), (.1, 1.14)]))],
-    "jacket": [("bright", mirror([(.2, .7), (.2, .7), (.1, 1.4)])), ("skin", arc(0, .7, .19, .08, .22))],
-}
-ACCESSORIES = {
-    "glasses": pair("frame", [(0, -.05), (.54, -.05), (.5, .37), (.06, .37)]),
-    "round glasses": pair("frame", oval(.27, .16, .25, .23)),
-    "{} earrings": pair("trim", oval(.58, .38, .07, .09)),
-    "a {} headband": [("trim", arc(0, -.3, .71, -.42, .16))],
-    "a {} bow": [("trim", [(.42, -.66), (.42, -.66), (.74, -.94), (.78, -.66), (.74, -.38), (.42, -.66), (.42, -.66),
-                           (.1, -.38), (.06, -.66), (.1, -.94)]), ("deeptrim", oval(.42, -.66, .07, .09))],
-    "a {} flower": [*[("trim", oval(x, y, .085, .085)) for x, y in oval(.46, -.52, .13, .13)],
-                    ("#fff3c4", oval(.46, -.52, .085, .085))],
-    "a {} beret": [("trim", arc(0, -1, .06, 0, .2)), ("deeptrim", arc(0, -.42, .68, -.16, .1)), ("trim", [
-        (-.6, -.44), (-.9, -.56), (-.55, -1.05), (.3, -1.08), (.9, -.8), (.72, -.44), (0, -.66)])],
-    "a {} beanie": [("deeptrim", oval(0, -1.02, .14, .13)), ("deeptrim", arc(0, -.42, .71, -.1, .2)),
-                    ("trim", mirror([(.2, -1.02), (.6, -.9), (.74, -.42), (.4, -.58)]))],
-    "cat ears": [*pair("mid", tips([(.2, -.8), (.4, -1), (.62, -1.12), (.72, -.9), (.68, -.45)])),
-                 *pair("blush", tips([(.36, -.84), (.45, -.94), (.57, -1), (.62, -.9), (.6, -.7)]))],
-}
-PATTERNS = {
-    "plain": [], "sunny": [("pale", oval(0, .05, .84, .84))],
-    "glowing": [("pale", oval(0, .05, 1.15, 1.15)), ("paler", oval(0, .05, .85, .85))],
-    "dotted": [("pale", oval(x / 2 + y % 2 / 4 - .9, y / 2 - .85, .1, .1)) for y in range(4) for x in range(5)],
-    "striped": [("pale", arc(0, y, 2, 0, .32, -1.4)) for y in (-1.6, -.8, 0, .8, 1.6)],
-    "hilly": [("pale", [(-1.6, .6), (-.6, -.5), (.1, .6), (.7, -.2), (1.5, .5), (1.5, 2), (-1.5, 2)])],
-}
-# fmt: on
+def with_article(words):
+    """The words after "a" or "an"."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def mix(a, b, t):
-    """The colour a fraction t of the way from a to b."""
+    """The colour a fraction t of the way from a to b, each (red, green, blue)."""
     return tuple(round(p + (q - p) * t) for p, q in zip(a, b))
 
 
-class Collage:
-    """A layer of the picture: the cut-outs pasted on it are all moved, scaled and tilted alike."""
+class Painter:
+    """Paints shapes on an image, all moved by (x, y), scaled and tilted (radians) alike. `colours`: name -> colour."""
 
     t = np.linspace(0, 1, 8, endpoint=False)[:, None]
     before, here, after = (1 - t) ** 2 / 2, 0.5 + t - t**2, t**2 / 2  # the weights of a quadratic B-spline
 
     def __init__(self, image, colours, x=0.0, y=0.0, scale=1.0, tilt=0.0):
-        self.image, self.draw, self.colours, self.unit = image, ImageDraw.Draw(image), colours, scale * image.width / 2
+        self.image, self.pen, self.colours, self.unit = image, ImageDraw.Draw(image), colours, scale * image.width / 2
         cos, sin = self.unit * math.cos(tilt), self.unit * math.sin(tilt)
-        self.turn, self.centre = np.array([[cos, sin], [-sin, cos]]), (1 + np.array([x, y])) * image.width / 2
+        self.rotation, self.centre = np.array([[cos, sin], [-sin, cos]]), (1 + np.array([x, y])) * image.width / 2
 
-    def curve(self, points, down=0.0):
-        p = (np.array([points[-1], *points, points[0]]) + (0, down)) @ self.turn + self.centre
+    def curve(self, outline, down=0.0):
+        """The spline of an outline, moved down by `down`, in pixels: [x, y, x, y, ...]."""
+        p = (np.array([outline[-1], *outline, outline[0]]) + (0, down)) @ self.rotation + self.centre
         return (p[:-2, None] * self.before + p[1:-1, None] * self.here + p[2:, None] * self.after).ravel().tolist()
 
     def mask(self, curve):
@@ -2485,99 +2354,129 @@ class Collage:
         ImageDraw.Draw(mask).polygon(curve, fill=255)
         return mask
 
-    def paste(self, cutouts, down=0.0, inside=None):
-        for name, points in cutouts:
-            colour, curve = self.colours.get(name, name), self.curve(points, down)
-            if inside:  # trim away what sticks out of another outline
+    def paint(self, shapes, down=0.0, inside=None):
+        """Paint shapes in their order, moved down by `down`; of an outline `inside`, only the part within it."""
+        for name, outline in shapes:
+            colour, curve = self.colours.get(name, name), self.curve(outline, down)
+            if inside:
                 self.image.paste(colour, mask=ImageChops.darker(self.mask(curve), self.mask(self.curve(inside))))
-            elif name == "frame":  # the one thing to look through
-                self.draw.line(curve + curve[:4], colour, round(0.05 * self.unit), joint="curve")
+            elif name == "frame":  # glasses: a line, because the eyes should be seen through them
+                self.pen.line(curve + curve[:4], colour, round(0.05 * self.unit), joint="curve")
             else:
-                self.draw.polygon(curve, colour)
+                self.pen.polygon(curve, colour)
 
 
-def draw_face(seed: int, size: int = 80) -> tuple[Image.Image, str, list[str]]:
+def paint_face(seed: int, size: int = 80) -> tuple[Image.Image, str, list[str]]:
     """Face number `seed`: (RGB picture size x size, caption, tags)."""
-    rng = random.Random(seed)
+    rng, tables = random.Random(seed), picture_tables("faces")
 
-    def dye(palette, *taken):
-        """A colour of another name than those taken, and never twice quite the same."""
-        name = rng.choice([name for name in palette if name not in taken])
-        return name, tuple(min(c + rng.randint(-5, 5), 255) for c in ImageColor.getrgb(palette[name]))
+    def choose_colour(palette, *taken):
+        """(name, colour) whose name is none of those taken; the colour varies a little around the palette's."""
+        name = rng.choice([name for name in tables[palette] if name not in taken])
+        return name, tuple(min(c + rng.randint(-5, 5), 255) for c in ImageColor.getrgb(tables[palette][name]))
 
-    (skin_name, skin), (hair_name, hair), (iris_name, iris) = dye(SKINS), dye(HAIRS), dye(IRISES)
-    top_name, cloth = dye(CLOTHES, hair_name)
-    trim_name, trim = dye(CLOTHES, hair_name, top_name, "white")
-    back_name, back = dye(BACKGROUNDS, hair_name, top_name)
-    style, fringe, eyes, brows, mouth, cheeks, top, extra, pattern = (
-        rng.choice(list(table))
-        for table in (STYLES, FRINGES, EYES, BROWS, MOUTHS, CHEEKS, TOPS, ["", "", "", *ACCESSORIES], PATTERNS)
+    skin_name, skin = choose_colour("skins")
+    hair_name, hair = choose_colour("hairs")
+    iris_name, iris = choose_colour("irises")
+    top_name, cloth = choose_colour("clothes", hair_name)
+    trim_name, trim = choose_colour("clothes", hair_name, top_name, "white")
+    back_name, back = choose_colour("backgrounds", hair_name, top_name)
+    style, fringe, eyes, brows, mouth, cheeks, top = (
+        rng.choice(list(tables[table])) for table in "styles fringes eyes brows mouths cheeks tops".split()
     )
+    extra = rng.choice(["", "", "", *tables["accessories"]])
+    pattern = rng.choice(list(tables["patterns"]))
     place = rng.uniform(-0.04, 0.04), rng.uniform(0.04, 0.1), rng.uniform(0.86, 0.92)  # x, y, scale
     tilt, low = rng.uniform(-0.09, 0.09), rng.uniform(-0.02, 0.02)
 
-    # What the cut-outs call their colours. Shadows lean towards rust and plum rather than black, to keep skin and
-    # cloth warm.
-    colours = {
-        "skin": skin,
-        "shade": mix(skin, RUST, 0.24),
-        "blush": mix(skin, ROSE, 0.35),
-        "freckle": mix(skin, RUST, 0.55),
-        "hair": hair,
-        "mid": mix(hair, PLUM, 0.13),
-        "dark": mix(hair, PLUM, 0.35),
-        "light": mix(hair, WHITE, 0.35),
-        "iris": mix(iris, WHITE, 0.2),
-        "rim": mix(iris, INK, 0.45),
-        "ink": mix(INK, hair, 0.1),
-        "brow": mix(hair, INK, 0.6),
-        "lips": mix(INK, skin, 0.15),
-        "mouth": mix(ROSE, INK, 0.6),
-        "tongue": mix(ROSE, WHITE, 0.2),
-        "cloth": cloth,
-        "deep": mix(cloth, PLUM, 0.15),
-        "bright": mix(cloth, WHITE, 0.55),
-        "trim": trim,
-        "deeptrim": mix(trim, PLUM, 0.25),
-        "frame": mix(trim, INK, 0.45),
-        "pale": mix(back, WHITE, 0.4),
-        "paler": mix(back, WHITE, 0.65),
-    }
+    base = PAINTS | {"skin": skin, "hair": hair, "iris": iris, "cloth": cloth, "trim": trim, "back": back}
+    colours = base | {name: mix(base[a], base[b], t) for name, (a, b, t) in tables["shades"].items()}
     image = Image.new("RGB", (4 * size, 4 * size), back)  # four times too large: shrinking it smooths the edges
-    scene, body, head = Collage(image, colours), Collage(image, colours, *place), Collage(image, colours, *place, tilt)
+    body = Painter(image, colours, *place)
+    head = Painter(image, colours, *place, tilt)  # the shoulders stay upright
+    parts, [(_, skull)] = tables["parts"], tables["parts"]["head"]
+    front_hair = tables["styles"][style]["dome"] + tables["fringes"][fringe]
 
-    locks, back_hair = STYLES[style]
-    dome = [(0.2, -0.92), (0.5, -0.78), (0.71, -0.4), (0.66, 0), (0.56, locks), (0.56, locks)]
-    front_hair = flip(dome) + dome + FRINGES[fringe]
-    nose = [("shade", arc(0, 0.3, 0.05, 0.01, 0.05))]
-
-    # From far to near. The shoulders stay upright while the head tilts.
-    scene.paste(PATTERNS[pattern])
-    head.paste(back_hair)
-    body.paste(BODY + TOPS[top])
-    head.paste([*EARS, ("skin", HEAD)])
-    head.paste(CHEEKS[cheeks] + nose + EYES[eyes] + MOUTHS[mouth], low)
-    head.paste([("shade", front_hair)], down=0.07, inside=HEAD)  # the shadow of the fringe on the forehead
-    head.paste([("hair", front_hair)])
-    head.paste([("light", SHINE)], inside=front_hair)
-    # Brows show through the fringe, as they do in comics: half of the mood is theirs.
-    head.paste(pair("brow", BROWS[brows]) + ACCESSORIES.get(extra, []))
+    # From far to near.
+    Painter(image, colours).paint(tables["patterns"][pattern])
+    head.paint(tables["styles"][style]["behind"])
+    body.paint(parts["body"] + tables["tops"][top])
+    head.paint(parts["ears"] + parts["head"])
+    head.paint(tables["cheeks"][cheeks] + parts["nose"] + tables["eyes"][eyes] + tables["mouths"][mouth], low)
+    head.paint([("shade", front_hair)], down=0.07, inside=skull)  # the shadow of the fringe on the forehead
+    head.paint([("hair", front_hair)])
+    head.paint(parts["shine"], inside=front_hair)
+    # Brows are painted over the fringe, as in comics: much of the mood is seen in them.
+    head.paint(tables["brows"][brows] + tables["accessories"].get(extra, []))
 
     shown = [style.format(hair_name), eyes.format(iris_name), mouth, *filter(None, [cheeks, extra.format(trim_name)])]
     caption = f"a face with {', '.join(shown[:-1])} and {shown[-1]}, on a {back_name} background"
-    tags = [
-        style,
-        f"{hair_name} hair",
-        fringe,
-        eyes,
-        *[f"{iris_name} eyes"] * ("{}" in eyes),
-        f"{brows} brows",
-        mouth,
-        cheeks,
-        extra,
-        f"{top_name} {top}",
-        f"{back_name} background",
-        f"{pattern} background",
-        f"{skin_name} skin",
-    ]
+    tags = [style, f"{hair_name} hair", fringe, eyes, *[f"{iris_name} eyes"] * ("{}" in eyes), f"{brows} brows"]
+    tags += [mouth, cheeks, extra, f"{top_name} {top}", f"{back_name} background", f"{pattern} background"]
+    tags += [f"{skin_name} skin"]
     return image.reduce(4), caption, [tag.replace("{} ", "").removeprefix("a ") for tag in tags if tag]
+
+
+def paint_scene(seed, size=64):
+    """Scene number `seed`: (RGB picture size x size, caption, names of its things).
+
+    Captions leave things out, but all that they say is true.
+    """
+    rng, tables = random.Random(seed), picture_tables("scenes")
+
+    def vary(colour, lighter):
+        """The colour, lighter by `lighter` of 255 and varied a little."""
+        return tuple(min(max(c + lighter + rng.randint(-3, 3), 0), 255) for c in ImageColor.getrgb(colour))
+
+    def name(*words):
+        return with_article(" ".join(filter(None, words)))
+
+    # Half of the captions are short, as people's prompts are. A quarter say more about one thing, a quarter are about
+    # two things.
+    kind = rng.choices(["short", "long", "two"], [2, 1, 1])[0]
+    hues = rng.sample(list(tables["colours"]), 2 if kind == "two" else 1)
+    things = [rng.choice(list(tables["things"])) for _ in hues]
+    avoid = {phrase for hue in hues for phrase in tables["colours"][hue]["avoid"]}
+    background = rng.choice([phrase for phrase in tables["backgrounds"] if phrase not in avoid])
+    if kind == "two":
+        words, (dx, dy) = rng.choice(list(tables["relations"].items()))
+        caption = f"{name(hues[0], things[0])} {words} {name(hues[1], things[1])}"
+        # 0.48 from the centre, with a scale of 0.42: a gap between the two, and room for a tilt at the edges.
+        scale, places = 0.42, [(0.48 * dx, 0.48 * dy), (-0.48 * dx, -0.48 * dy)]
+    else:
+        word = rng.choices(list(tables["sizes"]), [1, 4, 1] if kind == "short" else [2, 2, 1])[0]
+        central = kind == "short" or word == "big"  # a big thing fills the picture from side to side
+        words = "" if central else rng.choice(list(tables["places"]))
+        caption = f"{name(word, hues[0], things[0])} {words}".strip()
+        dx, dy = tables["places"].get(words, (0, 0))
+        scale = tables["sizes"][word]
+        places = [((0.92 - scale) * dx, (0.92 - scale) * dy)]
+    if kind != "short" and rng.random() < 0.8:
+        caption += f"{',' * bool(words)} {background}"
+
+    white, ink = PAINTS["white"], PAINTS["ink"]
+    fills = [vary(fill, rng.randint(-6, 6)) for fill in tables["backgrounds"][background]["fills"]]
+    colours = tables["details"] | {
+        "ground": fills[-1],
+        "pale": mix(fills[-1], white, 0.5),
+        "shadow": mix(fills[-1], ink, 0.25),
+    }
+    image = Image.new("RGB", (4 * size, 4 * size), fills[0])  # four times too large, as in paint_face
+    backdrop = Painter(image, colours, rng.uniform(-0.1, 0.1), rng.uniform(-0.06, 0.06))
+    backdrop.paint(tables["backgrounds"][background]["shapes"])
+    for hue, thing, (x, y) in zip(hues, things, places):
+        lighter = rng.randint(-9, 9)
+        body, deep = (vary(tables["colours"][hue][shade], lighter) for shade in ("body", "deep"))
+        dark = max(body) < 100
+        colours |= {
+            "body": body,
+            "deep": deep,
+            "light": mix(body, white, 0.25 if dark else 0.45),
+            "blush": mix((255, 140, 150), body, 0.3),
+            "face": mix(white, body, 0.1) if dark else ink,
+        }
+        x, y = x + rng.uniform(-0.03, 0.03), y + rng.uniform(-0.03, 0.03)
+        painter = Painter(image, colours, x, y, scale * rng.uniform(0.94, 1), rng.uniform(-0.12, 0.12))
+        painter.paint([("shadow", outline) for _, outline in tables["things"][thing]], down=0.09)
+        painter.paint(tables["things"][thing])
+    return image.reduce(4), caption, things

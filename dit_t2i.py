@@ -62,39 +62,31 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 from torch.utils.checkpoint import checkpoint
 
 import common
 from common import (
-    INK,
-    WHITE,
-    Collage,
     Draw,
     RMSNorm,
     Run,
     TimestepEmbedder,
     UserError,
     apply_rope,
-    arc,
     attention,
     autocast,
     flow_point,
     generator,
     load_into,
     load_tensors,
-    mirror,
-    mix,
     modulate,
     option,
-    oval,
-    pair,
     rms_norm,
     rope_2d,
     sincos_2d,
     sincos_table,
-    tips,
     unpair,
+    with_article,
 )
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -288,10 +280,6 @@ def draw_emoji(seed, size):
     return picture.resize((size, size), Image.Resampling.LANCZOS), name, []
 
 
-def with_article(words):
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
-
-
 def rgb_of(names):
     """Names of COLOURS -> (B, 3, 1, 1) in [0, 1]."""
     table = [[int(COLOURS[name][i : i + 2], 16) / 255 for i in (1, 3, 5)] for name in names]
@@ -371,263 +359,6 @@ class EmojiSet:
         """A few captions that hold every word of all."""
         longest = max(self.names, key=lambda name: len(name.split()))
         return [*self.names, *COLOURS, f"a red {longest} on a blue background"]
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Drawn scenes: an endless, seeded picture book in which every caption is true. The default data of this system.
-
-# fmt: off
-# A thing is a stack of cut-outs, lowest first, as a drawn face is (see common.py), in a frame of its own: (0, 0) is its
-# centre, and it reaches from about -1 to 1 both ways. To invent a new thing, add a row to SCENE_OBJECTS.
-#
-# "body" is the colour in the caption and "deep" its shade, both from SCENE_COLOURS; "light", "blush" and "face" follow
-# from the body. What no caption dyes, such as a wheel, has a colour from DETAILS.
-SCENE_COLOURS = {"red": ("#e2443f", "#b42f40"), "orange": ("#f6872c", "#cf5f24"), "yellow": ("#f9d03b", "#e3a02c"),
-                 "green": ("#49ac59", "#2f8450"), "teal": ("#1d9f9e", "#147581"), "blue": ("#3b78de", "#2c55b0"),
-                 "purple": ("#8851c6", "#64389f"), "pink": ("#f47fb1", "#d4578f"), "brown": ("#a3673b", "#7c4830"),
-                 "white": ("#fdfbf8", "#d9d6e4"), "black": ("#37333e", "#57516a"), "grey": ("#8c929f", "#686d7d")}
-DETAILS = {"ink": INK, "snow": WHITE, "glass": "#cbe9f8", "wood": "#865639", "leaf": "#57a650", "gold": "#f9b934",
-           "cream": "#fbead0", "steel": "#c3c9d4", "flame": "#f2703a"}
-ROUGE = (255, 140, 150)
-
-
-def sharp(*points):
-    """An outline, or a part of one, with all its corners."""
-    return [p for p in points for _ in range(2)]
-
-
-def box(x, y, rx, ry, r=0.0):
-    """A rectangle around (x, y), its corners rounded by the radius r."""
-    def corner(a, b):  # the curve leaves a side midway between the corner and a point 2r from it
-        side, end = (x + a * rx, y + b * (ry - 2 * r)), (x + a * (rx - 2 * r), y + b * ry)
-        return [side, (x + a * rx, y + b * ry), end][::a * b]
-    return corner(1, 1) + corner(-1, 1) + corner(-1, -1) + corner(1, -1)
-
-
-def star(count, *radii, y=0.0):
-    """`count` points around (0, y), clockwise from the top, for each of the radii in turn."""
-    angles = [2 * math.pi * k / (count * len(radii)) for k in range(count * len(radii))]
-    return [(r * math.sin(a), y - r * math.cos(a)) for a, r in zip(angles, radii * count)]
-
-
-def smile(x, y, s=1.0):
-    """Two eyes, two cheeks and a mouth, s times the usual size."""
-    sides = [*pair("face", oval(.22 * s, 0, .075 * s, .1 * s)), *pair("blush", oval(.4 * s, .17 * s, .1 * s, .07 * s))]
-    return [(colour, [(x + px, y + py) for px, py in points])
-            for colour, points in [*sides, ("face", arc(0, .16 * s, .13 * s, .1 * s, .08 * s))]]
-
-
-SCENE_OBJECTS = {
-    "car": [("body", [*sharp((-.8, .1)), (-.62, -.68), (.36, -.68), *sharp((.8, .1))]),
-            ("glass", [*sharp((-.56, -.06)), (-.5, -.48), *sharp((-.1, -.46), (-.1, -.06))]),
-            ("glass", [*sharp((.06, -.46)), (.38, -.48), *sharp((.52, -.06), (.06, -.06))]),
-            ("body", box(0, .2, .98, .3, .13)), ("deep", box(0, .4, .96, .08, .04)), ("gold", oval(.87, .14, .1, .11)),
-            *pair("ink", oval(.5, .45, .28, .28)), *pair("steel", oval(.5, .45, .13, .13))],
-    "house": [("deep", box(.46, -.6, .13, .28)), ("body", box(0, .38, .68, .56)),
-              ("deep", sharp((-.92, -.1), (0, -.95), (.92, -.1))), ("snow", oval(0, -.4, .16, .16)),
-              ("glass", oval(0, -.4, .1, .1)), ("snow", box(.3, .36, .22, .22)), ("glass", box(.3, .36, .16, .16)),
-              ("wood", box(-.25, .6, .18, .34)), ("gold", oval(-.15, .62, .045, .045))],
-    "tree": [("wood", sharp((-.12, .2), (.12, .2), (.2, .97), (-.2, .97))), *pair("body", oval(.42, 0, .44, .42)),
-             ("body", oval(0, -.42, .54, .54)), ("body", oval(0, .12, .4, .36)), ("deep", arc(.5, .2, .2, .08, .1, .1)),
-             ("light", arc(-.18, -.66, .2, -.08, .12, .12)), ("deep", arc(-.1, .28, .2, .09, .1))],
-    "boat": [("wood", box(0, -.3, .05, .66)), ("body", sharp((.1, -.95), (.85, .12), (.1, .12))),
-             ("snow", sharp((-.1, -.7), (-.1, .12), (-.68, .12))), ("deep", box(0, .33, .94, .09)),
-             ("body", [*sharp((-.92, .38), (.92, .38)), (.7, .94), (-.7, .94)]),
-             *[("snow", oval(x, .6, .085, .085)) for x in (-.35, 0, .35)]],
-    "fish": [("deep", [*sharp((-.4, 0), (-1, -.5)), (-.75, 0), *sharp((-1, .5))]),
-             ("deep", [*sharp((-.2, -.3)), (0, -.85), (.35, -.7), *sharp((.3, -.3))]),
-             ("deep", [*sharp((-.1, .3)), (-.05, .8), *sharp((.25, .35))]), ("body", oval(.18, 0, .78, .52)),
-             *[("light", [*sharp((x, -.26)), (x + .22, 0), *sharp((x, .26)), (x + .1, 0)]) for x in (-.34, -.1, .14)],
-             ("snow", oval(.56, -.12, .16, .17)), ("ink", oval(.6, -.11, .09, .1)),
-             ("blush", oval(.5, .17, .12, .08)), ("face", arc(.8, .12, .1, .07, .06))],
-    "cat": [("deep", [*sharp((.3, .9)), (.98, .95), (.95, .35), (.72, .1), *sharp((.8, -.05)), (.5, .1), (.72, .62)]),
-            ("body", [(0, -.1), (.42, .1), (.58, .97), (0, .97), (-.58, .97), (-.42, .1)]),
-            ("light", oval(0, .58, .2, .26)), *pair("body", oval(.17, .92, .17, .08)),
-            *pair("body", sharp((.1, -.66), (.52, -1), (.6, -.3))),
-            *pair("blush", sharp((.28, -.66), (.46, -.83), (.5, -.58))), ("body", oval(0, -.32, .62, .48)),
-            *pair("snow", oval(.25, -.36, .14, .15)), *pair("ink", oval(.25, -.35, .075, .13)),
-            ("blush", tips([(-.1, -.2), (0, -.22), (.1, -.2), (0, -.06)])),
-            *pair("face", arc(.09, -.06, .09, .06, .05))],
-    "flower": [("leaf", box(0, .5, .06, .5)), *pair("leaf", [*sharp((0, .92)), (.2, .35), *sharp((.65, .4)), (.5, .9)]),
-               *[("body", oval(*p, .28, .28)) for p in star(6, .42, y=-.32)], ("deep", oval(0, -.32, .31, .31)),
-               ("gold", oval(0, -.32, .23, .23))],
-    "star": [("body", tips(star(5, 1.02, .47, y=.06))), *smile(0, .02, .95)],
-    "heart": [("body", mirror([(0, -.5), (.16, -.92), (.7, -1.02), (1.1, -.6), (.96, .05), (.5, .45), (0, .95)])),
-              ("light", arc(-.55, -.5, .15, -.07, .17, .2))],
-    "sun": [("body", sharp(*star(12, 1, .7))), ("deep", oval(0, 0, .68, .68)), ("body", oval(0, 0, .61, .61)),
-            *smile(0, -.08)],
-    "moon": [("body", [*sharp((.3, -.96)), (-.3, -1), (-.86, -.5), (-.86, .5), (-.3, 1), *sharp((.55, .82)), (-.1, .66),
-              (-.25, 0), (-.12, -.55)]), ("deep", oval(-.42, -.44, .12, .12)), ("deep", oval(-.16, .7, .1, .1)),
-             ("face", arc(-.42, .02, .14, .09, .08)), ("blush", oval(-.56, .22, .12, .08))],
-    "cup": [("body", [*sharp((.3, -.2)), (1.05, -.3), (1.05, .62), *sharp((.3, .55), (.3, .35)), (.8, .4), (.8, -.1),
-             *sharp((.3, 0))]),
-            ("body", [*sharp((-.8, -.34), (.5, -.34)), (.5, .95), (.2, .95), (-.5, .95), (-.8, .95)]),
-            ("deep", oval(-.15, -.34, .65, .16)), ("wood", oval(-.15, -.31, .53, .1)), *smile(-.15, .22),
-            *[("snow", [*sharp((x, -.5)), (x - .22, -.7), (x + .14, -.8), *sharp((x - .04, -1)), (x + .06, -.8),
-               (x - .05, -.7)]) for x in (-.38, .1)]],
-    "umbrella": [("wood", box(0, .2, .045, .6)), ("deep", box(0, -.86, .05, .12)), ("wood", [*sharp((-.045, .75)),
-                  (0, 1.02), (.42, 1.02), *sharp((.38, .72), (.29, .72)), (.3, .9), (.06, .9), *sharp((.045, .75))]),
-                 ("body", [*sharp((-1, .12)), (-.95, -.5), (-.4, -.92), (.4, -.92), (.95, -.5), *sharp((1, .12)),
-                  (.66, -.16), *sharp((.33, .12)), (0, -.16), *sharp((-.33, .12)), (-.66, -.16)]),
-                 ("deep", [*sharp((0, -.84)), (.32, -.55), *sharp((.33, .12)), (0, -.16), *sharp((-.33, .12)),
-                  (-.32, -.55)])],
-    "balloon": [("deep", [*sharp((-.03, .45), (.03, .45)), (.22, .6), (-.2, .75), *sharp((.08, 1.02)), (-.3, .76),
-                 (.1, .58)]), ("deep", sharp((0, .3), (.15, .53), (-.15, .53))),
-                ("body", mirror([(.3, -1.02), (.72, -.75), (.66, -.1), (.25, .42)])),
-                ("light", arc(-.32, -.6, .13, -.06, .17, .18))],
-    "apple": [("body", mirror([(0, -.4), (.28, -.66), (.86, -.66), (1, -.1), (.8, .6), (.42, 1), (.12, .9)])),
-              ("deep", arc(0, -.4, .24, .1, .1)), ("wood", sharp((-.06, -.36), (.06, -.36), (.13, -.92), (0, -.92))),
-              ("leaf", [*sharp((.06, -.56)), (.2, -1.05), *sharp((.78, -.95)), (.5, -.5)]),
-              ("light", arc(-.52, -.22, .14, -.06, .17, .2))],
-    "mushroom": [("cream", [(-.2, 0), (.2, 0), (.32, .5), (.44, .97), (0, .97), (-.44, .97), (-.32, .5)]),
-                 ("body", [*sharp((-1, .1)), (-1, -.55), (-.42, -1.05), (.42, -1.05), (1, -.55), *sharp((1, .1)),
-                  (0, .3)]), ("snow", oval(-.1, -.52, .2, .18)), ("snow", oval(.46, -.2, .17, .16)),
-                 ("snow", oval(-.56, -.12, .13, .12)),
-                 *pair("ink", oval(.15, .45, .06, .08)), ("ink", arc(0, .57, .1, .08, .07))],
-    "bird": [("gold", sharp((.55, -.55), (1, -.32), (.55, -.16))),
-             *[("gold", box(x, .8, .05, .17)) for x in (-.05, .2)],
-             ("deep", sharp((-.4, -.05), (-1, -.3), (-.9, .25), (-.3, .3))),
-             ("body", [(-.55, -.1), (-.1, -.3), (.02, -.85), (.6, -.85), (.86, -.3), (.7, .5), (.2, .8), (-.4, .7),
-              (-.7, .2)]), ("light", oval(.3, .36, .28, .27)), ("deep", [*sharp((.22, -.1)), (.2, .52), (-.4, .5),
-              *sharp((-.75, .12)), (-.2, -.15)]), ("snow", oval(.42, -.42, .16, .17)),
-             ("ink", oval(.46, -.41, .09, .1))],
-    "rocket": [("gold", [*sharp((-.24, .55)), (-.3, .8), *sharp((0, 1.05)), (.3, .8), *sharp((.24, .55))]),
-               ("flame", [*sharp((-.1, .5), (0, .88), (.1, .5))]),
-               *pair("deep", [*sharp((.3, .05)), (.72, .25), *sharp((.7, .78)), (.5, .5), *sharp((.3, .5))]),
-               ("body", mirror([(0, -1.02), (.2, -.9), (.5, -.4), (.44, .3), *sharp((.28, .62))])),
-               ("deep", mirror([(0, -1.02), (.1, -.97), *sharp((.32, -.56)), (.1, -.5)])),
-               ("deep", box(0, .53, .3, .08)), ("snow", oval(0, -.12, .26, .26)), ("glass", oval(0, -.12, .17, .17))],
-    "butterfly": [*pair("deep", [*sharp((.05, .05)), (.8, 0), (.9, .6), (.5, 1), (.2, .7)]),
-                  *pair("body", [*sharp((.05, .15)), (.2, -.5), (.6, -.95), (1.06, -.85), (1, .05), (.6, .25)]),
-                  *pair("light", oval(.62, -.36, .2, .22)), *pair("light", oval(.5, .5, .13, .14)),
-                  *pair("ink", [*sharp((0, -.42)), (.08, -.8), *sharp((.3, -.9), (.26, -.97)), (.02, -.9)]),
-                  ("ink", oval(0, .1, .1, .5)), ("ink", oval(0, -.42, .14, .14))],
-    "ghost": [("body", mirror([(.3, -1.02), (.76, -.8), (.74, 0), *sharp((.86, .92)), (.62, .68), *sharp((.42, .95)),
-               (.2, .7), *sharp((0, .95))])), *pair("body", oval(.76, .1, .22, .14)),
-              *pair("face", oval(.26, -.3, .12, .17)), ("face", oval(0, .12, .12, .14)),
-              *pair("blush", oval(.5, -.04, .13, .09))],
-    "octopus": [("deep", mirror([*sharp((0, .6)), (.2, 1), *sharp((.62, .98)), (.5, .75), *sharp((.35, .2))])),
-                *pair("body", [(.25, .1), (.5, .62), (1.1, .72), *sharp((.95, .3)), (.85, .52), (.62, .1)]),
-                *pair("body", [(.05, .2), (.2, .98), *sharp((.55, .95)), (.36, .8), (.4, .2)]),
-                ("body", oval(0, -.32, .66, .66)), *smile(0, -.3, 1.25),
-                ("light", arc(-.3, -.72, .14, -.06, .12, .14))],
-    "snail": [("cream", [(-.9, .2), (-.95, -.3), (-.5, -.3), (-.5, .45), (.3, .5), *sharp((1, .85)), (.3, .9),
-               (-.75, .9)]),
-              *[("cream", sharp((x, -.1), (x - .14, -.6), (x - .04, -.62), (x + .1, -.1))) for x in (-.83, -.6)],
-              *[("ink", oval(x, -.6, .1, .11)) for x in (-.92, -.67)], ("ink", arc(-.76, .2, .1, .07, .07)),
-              ("body", oval(.22, .05, .68, .68)), ("deep", oval(.18, .1, .48, .47)), ("body", oval(.22, .07, .39, .38)),
-              ("deep", oval(.18, .11, .21, .21)), ("body", oval(.22, .08, .13, .13))],
-    "robot": [("steel", box(0, -.8, .05, .16)), ("flame", oval(0, -.92, .11, .11)), ("steel", box(0, 0, .16, .14)),
-              *pair("steel", box(.7, -.42, .1, .15)), *pair("steel", box(.26, .86, .12, .12)),
-              *pair("steel", box(.64, .38, .12, .28, .05)), ("body", box(0, -.4, .66, .38, .14)),
-              ("body", box(0, .42, .54, .38, .1)), ("ink", box(0, -.4, .52, .26, .1)),
-              *pair("glass", oval(.23, -.44, .11, .12)), ("glass", arc(0, -.28, .11, .07, .06)),
-              ("deep", box(0, .42, .34, .2, .05)), ("gold", oval(-.14, .42, .085, .085)),
-              ("glass", oval(.14, .42, .085, .085))],
-    "crown": [("body", sharp((-.8, .75), (-.95, -.4), (-.45, .1), (0, -.75), (.45, .1), (.95, -.4), (.8, .75))),
-              *[("deep", oval(*p, .13, .13)) for p in [(-.9, -.42), (0, -.76), (.9, -.42)]],
-              ("deep", box(0, .64, .82, .18)), *pair("glass", oval(.5, .64, .1, .1)), ("flame", oval(0, .64, .11, .11)),
-              ("light", sharp((0, -.14), (.15, .12), (0, .38), (-.15, .12)))],
-}
-# What a caption ends with: the colours that fill the picture (a sky and perhaps a ground), and the cut-outs on the sky.
-SCENE_BACKGROUNDS = {
-    **{f"on {with_article(name)} background": ([colour], []) for name, colour in {
-        "blue": "#a9d3f5", "green": "#b5e2b8", "yellow": "#fbe9a8", "orange": "#fccda6", "pink": "#fbc9da",
-        "purple": "#d3c4f2", "white": "#f6f4f0", "grey": "#cdd1d8"}.items()},
-    "on the grass": (["#c9e8f8", "#98cf7f"], [
-        ("ground", [(-2, .3), (-.5, .02), (.4, .34), (2, .1), (2, 2), (-2, 2)])]),
-    "at sea": (["#dff1f8", "#7db9e4"], [("ground", box(0, 1.2, 2, 1)), *[("pale", arc(x, y, .17, .03, .03))
-        for x, y in [(-.7, .4), (.1, .34), (.75, .5), (-.3, .62), (.4, .78), (-.75, .86)]]]),
-    "in the snow": (["#b4cbe4", "#f3f6fa"], [
-        ("ground", [(-2, .5), (-.6, .15), (.2, .5), (.8, .2), (2, .4), (2, 2), (-2, 2)]),
-        *[("ground", oval(x, y, .035, .035)) for x, y in [(-.8, -.8), (-.3, -.55), (.2, -.85), (.75, -.65), (-.65, -.2),
-        (.45, -.3), (.9, -.05), (-.05, -.1)]]]),
-    "in the desert": (["#fbe6cf", "#efc98a"], [
-        ("ground", [(-2, .6), (-.9, .2), (-.2, .42), (.6, -.1), (2, .5), (2, 2), (-2, 2)])]),
-    "at night": (["#272e60"], [("pale", oval(x, y, .025, .025)) for x, y in [(-.8, -.75), (-.25, -.9), (.3, -.6),
-        (.85, -.85), (-.88, .1), (.9, .05), (-.5, .8), (.1, .92), (.7, .7), (-.5, -.35)]]),
-}
-# The ways from the middle of the picture to a thing, and from a second thing to the first.
-SCENE_PLACES = {"on the left": (-1, 0), "on the right": (1, 0), "at the top": (0, -1), "at the bottom": (0, 1)}
-SCENE_RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-SCENE_SIZES = {"small": .32, "": .56, "big": .84}  # parts of the picture's width; the middle one goes without saying
-# fmt: on
-
-
-def contrast(a, b):
-    """How far apart two colours look, from 0 to about 765: green counts most, blue more where there is little red."""
-    a, b = ImageColor.getrgb(a), ImageColor.getrgb(b)
-    red = (a[0] + b[0]) / 512
-    return math.sqrt(sum(weight * (p - q) ** 2 for weight, p, q in zip((2 + red, 4, 3 - red), a, b)))
-
-
-# The backgrounds before which each colour stands out. 120 lets white pass on pale grey, though not on pale yellow or on
-# snow; the names differ too, for "a pink cup on a pink background" would teach that pink means two colours.
-STAGES = {
-    colour: [
-        phrase
-        for phrase, (fills, _) in SCENE_BACKGROUNDS.items()
-        if min(contrast(body, fill) for fill in fills) > 120 and f" {colour} " not in phrase
-    ]
-    for colour, (body, _) in SCENE_COLOURS.items()
-}
-
-
-def draw_scene(seed, size=64):
-    """Scene number `seed`: (RGB picture size x size, caption, names of its things). Captions leave much unsaid, and all
-    they say is true."""
-    rng = random.Random(seed)
-
-    def dye(colour, lighter):
-        """Never twice quite the same: `lighter` on the whole, and a little off in hue."""
-        return tuple(min(max(c + lighter + rng.randint(-3, 3), 0), 255) for c in ImageColor.getrgb(colour))
-
-    def name(*words):
-        return with_article(" ".join(filter(None, words)))
-
-    # People type short captions, so half are; a quarter say more about the one thing, a quarter tell of two.
-    kind = rng.choices(["short", "long", "two"], [2, 1, 1])[0]
-    hues = rng.sample(list(SCENE_COLOURS), 2 if kind == "two" else 1)
-    things = [rng.choice(list(SCENE_OBJECTS)) for _ in hues]
-    background = rng.choice([phrase for phrase in STAGES[hues[0]] if phrase in STAGES[hues[-1]]])
-    if kind == "two":
-        words, (dx, dy) = rng.choice(list(SCENE_RELATIONS.items()))
-        caption = f"{name(hues[0], things[0])} {words} {name(hues[1], things[1])}"
-        # .42 to either side of .48 leaves a gap between the two, and room for a tilt at the picture's edges.
-        scale, spots = 0.42, [(0.48 * dx, 0.48 * dy), (-0.48 * dx, -0.48 * dy)]
-    else:
-        word = rng.choices(list(SCENE_SIZES), [1, 4, 1] if kind == "short" else [2, 2, 1])[0]
-        nowhere = kind == "short" or word == "big"  # a big thing fills the picture from side to side
-        words = "" if nowhere else rng.choice(list(SCENE_PLACES))
-        caption = f"{name(word, hues[0], things[0])} {words}".strip()
-        dx, dy = SCENE_PLACES.get(words, (0, 0))
-        scale = SCENE_SIZES[word]
-        spots = [((0.92 - scale) * dx, (0.92 - scale) * dy)]
-    if kind != "short" and rng.random() < 0.8:
-        caption += f"{',' * bool(words)} {background}"
-
-    fills, drawing = SCENE_BACKGROUNDS[background]
-    fills = [dye(fill, rng.randint(-6, 6)) for fill in fills]
-    colours = DETAILS | {"ground": fills[-1], "pale": mix(fills[-1], WHITE, 0.5), "shadow": mix(fills[-1], INK, 0.25)}
-    image = Image.new("RGB", (4 * size, 4 * size), fills[0])  # as in draw_face, four times too large
-    Collage(image, colours, rng.uniform(-0.1, 0.1), rng.uniform(-0.06, 0.06)).paste(drawing)
-
-    for hue, thing, (x, y) in zip(hues, things, spots):
-        lighter = rng.randint(-9, 9)
-        body, deep = (dye(colour, lighter) for colour in SCENE_COLOURS[hue])
-        dark = max(body) < 100
-        colours |= {
-            "body": body,
-            "deep": deep,
-            "light": mix(body, WHITE, 0.25 if dark else 0.45),
-            "blush": mix(ROUGE, body, 0.3),
-            "face": mix(WHITE, body, 0.1) if dark else INK,
-        }
-        x, y = x + rng.uniform(-0.03, 0.03), y + rng.uniform(-0.03, 0.03)
-        collage = Collage(image, colours, x, y, scale * rng.uniform(0.94, 1), rng.uniform(-0.12, 0.12))
-        collage.paste([("shadow", outline) for _, outline in SCENE_OBJECTS[thing]], down=0.09)
-        collage.paste(SCENE_OBJECTS[thing])
-    return image.reduce(4), caption, things
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -740,7 +471,7 @@ def load_data(config):
         everything = EmojiSet(config.image_size)
         return everything, everything, everything.unseen(), skipped
     if config.data == "drawn":
-        scenes = common.draw_set(draw_scene, 20_000, config.image_size)
+        scenes = common.draw_set(common.paint_scene, 20_000, config.image_size)
         everything = PictureSet(scenes.pictures, scenes.captions)  # never mirrored: captions tell left from right
     elif shards:
         everything = ShardSet(config.data, config.flip)

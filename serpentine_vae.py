@@ -1130,7 +1130,7 @@ def leakage_command(options):
         common.tell_skipped(skipped)
         x = pictures[: options.num] / 127.5 - 1
     else:
-        drawn = [np.asarray(common.draw_face(1_000_000 + i, side)[0]) for i in range(options.num)]
+        drawn = [np.asarray(common.paint_face(1_000_000 + i, side)[0]) for i in range(options.num)]
         x = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2) / 127.5 - 1
     device, curves, rows = common.pick_device(options.device), {}, []
     for name, one in vaes.items():
@@ -1256,7 +1256,7 @@ def schedule_command(options):
     if options.image:
         picture = open_picture(options.image)
     else:
-        picture = torch.from_numpy(np.array(common.draw_face(7, size)[0])).permute(2, 0, 1)
+        picture = torch.from_numpy(np.array(common.paint_face(7, size)[0])).permute(2, 0, 1)
     padded, _ = pad_to_tiles(picture[None] / 127.5 - 1, torch.ones(picture.shape[1:]))
     latent = vae.normalise(encode(vae, padded).to(vae.mean.device))
     table, shown = alphas_bar(levels), [round((levels - 1) * part) for part in (0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1)]

@@ -223,7 +223,7 @@ def load_data(config):
             raise UserError(f"{shards} holds latents of pictures of {data.image_size} pixels; say --image-size so")
         return data, data.shards.skipped
     if config.data == "drawn":
-        drawn, skipped = common.draw_set(common.draw_face, 10_000, config.image_size), []
+        drawn, skipped = common.draw_set(common.paint_face, 10_000, config.image_size), []
         pictures, tags = drawn.pictures, drawn.tags
         names = [f"drawn face {i}" for i in range(len(tags))]
     else:

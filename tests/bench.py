@@ -207,7 +207,7 @@ def bench_data(device):
             [
                 sys.executable,
                 "-c",
-                f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom common import *\ndraw_set(draw_face, 10000, 80)",
+                f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom common import *\ndraw_set(paint_face, 10000, 80)",
             ],
             cwd=folder,
             check=True,
@@ -591,7 +591,7 @@ def bench_stream(device):
     decoded, without any web."""
     with tempfile.TemporaryDirectory() as folder:
         path, names = Path(folder) / "face.jpg", f"{folder}/lines.jsonl"
-        common.draw_face(0, 256)[0].save(path, quality=90)
+        common.paint_face(0, 256)[0].save(path, quality=90)
         server = subprocess.Popen(
             [sys.executable, "-c", SERVER, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
         )
@@ -628,7 +628,7 @@ def bench_restarts(device):
         state, data = Path(folder) / "run" / "state.safetensors", Path(folder) / "data"
         data.mkdir()
         for i in range(32):
-            common.draw_face(i, 16)[0].save(data / f"{i}.png")
+            common.paint_face(i, 16)[0].save(data / f"{i}.png")
             (data / f"{i}.txt").write_text("a face")
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         words += [f"--max-restarts={kills}", str(ROOT / "dit_t2i.py"), "train", *small.split(), f"--data={data}"]

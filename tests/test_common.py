@@ -317,40 +317,80 @@ def test_chart_puts_large_values_high_and_late_ones_right():
     assert points[1][1] - points[0][1] == pytest.approx(points[2][1] - points[1][1], abs=0.2)  # logarithmic
 
 
-# ---- drawn faces ----
+# ---- painted faces and scenes ----
+
+PAINTED = [  # seed, caption, mean colours of the four quarters of the picture
+    (
+        common.paint_face,
+        3,
+        80,
+        "a face with silver braids, calm closed eyes, a smile and freckles, on a mint background",
+        [201, 221, 220, 199, 222, 220, 198, 206, 196, 197, 208, 200],
+    ),
+    (
+        common.paint_face,
+        10,
+        80,
+        "a face with a blue bun, sharp grey eyes, a smirk and a coral beanie, on a cream background",
+        [209, 185, 184, 218, 184, 175, 212, 177, 166, 214, 186, 176],
+    ),
+    (
+        common.paint_face,
+        21,
+        80,
+        "a face with curly blond hair, round green eyes, a smirk, freckles and a purple beanie, on a peach background",
+        [210, 178, 171, 211, 180, 178, 231, 190, 166, 231, 191, 166],
+    ),
+    (
+        common.paint_scene,
+        0,
+        64,
+        "a purple heart below a red bird",
+        [198, 210, 225, 203, 201, 214, 150, 174, 150, 154, 179, 159],
+    ),
+    (common.paint_scene, 7, 64, "a small yellow umbrella", [52, 57, 96, 54, 58, 95, 40, 48, 99, 40, 48, 99]),
+    (common.paint_scene, 12, 64, "a black bird", [171, 194, 219, 164, 184, 206, 209, 214, 220, 206, 213, 220]),
+]
 
 
-def test_drawn_faces_are_a_function_of_their_number():
-    one, caption, tags = common.draw_face(3)
-    again, *words = common.draw_face(3)
+@pytest.mark.parametrize("paint, seed, size, caption, quarters", PAINTED)
+def test_a_seed_gives_the_picture_that_it_always_gave(paint, seed, size, caption, quarters):
+    picture, words, _ = paint(seed, size)
+    assert words == caption
+    assert np.asarray(picture.reduce(size // 2), int).ravel() == pytest.approx(quarters, abs=1)
+
+
+def test_painted_faces_are_a_function_of_their_number():
+    one, caption, tags = common.paint_face(3)
+    again, *words = common.paint_face(3)
     assert one.size == (80, 80) and one.tobytes() == again.tobytes() and words == [caption, tags]
-    many = {common.draw_face(seed)[0].tobytes() for seed in range(300)}
+    many = {common.paint_face(seed)[0].tobytes() for seed in range(300)}
     assert len(many) == 300
-    assert len({common.draw_face(seed)[1] for seed in range(300)}) > 290
+    assert len({common.paint_face(seed)[1] for seed in range(300)}) > 290
 
 
-def test_drawn_face_is_the_same_at_any_size():
-    small, large = common.draw_face(11, 40)[0], common.draw_face(11, 160)[0].reduce(4)
+def test_painted_face_is_the_same_at_any_size():
+    small, large = common.paint_face(11, 40)[0], common.paint_face(11, 160)[0].reduce(4)
     assert np.abs(np.asarray(small, int) - np.asarray(large, int)).mean() < 4
 
 
-def test_faces_are_kept_and_drawn_anew_when_the_drawing_changes(tmp_path, monkeypatch):
+def test_faces_are_kept_and_painted_anew_when_the_tables_change(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    faces = common.draw_set(common.draw_face, 12, 16)
+    faces = common.draw_set(common.paint_face, 12, 16)
     kept = list((tmp_path / "data").iterdir())
     assert len(kept) == 1 and faces.pictures.shape == (12, 3, 16, 16) and len(faces.captions) == len(faces.tags) == 12
-    assert np.array_equal(faces.pictures[9].permute(1, 2, 0).numpy(), np.asarray(common.draw_face(9, 16)[0]))
+    assert np.array_equal(faces.pictures[9].permute(1, 2, 0).numpy(), np.asarray(common.paint_face(9, 16)[0]))
     stamp = kept[0].stat().st_mtime_ns
-    assert torch.equal(common.draw_set(common.draw_face, 12, 16).pictures, faces.pictures)
+    assert torch.equal(common.draw_set(common.paint_face, 12, 16).pictures, faces.pictures)
     assert kept[0].stat().st_mtime_ns == stamp
     tensors, words = common.load_tensors(kept[0])
     common.save_tensors(kept[0], tensors, words | {"tags": [["of another time"]] * 12})
-    assert common.draw_set(common.draw_face, 12, 16).tags == faces.tags
-    monkeypatch.setattr(common, "SKINS", {"blue": "#0000ff"})
-    assert not torch.equal(common.draw_set(common.draw_face, 12, 16).pictures, faces.pictures)
+    assert common.draw_set(common.paint_face, 12, 16).tags == faces.tags
+    monkeypatch.setitem(common.picture_tables("faces"), "skins", {"blue": "#0000ff"})
+    assert not torch.equal(common.draw_set(common.paint_face, 12, 16).pictures, faces.pictures)
 
 
 def test_there_are_more_than_a_million_different_faces():
-    tables = [common.STYLES, common.FRINGES, common.EYES, common.BROWS, common.MOUTHS, common.CHEEKS, common.TOPS]
-    tables += [common.PATTERNS, common.ACCESSORIES, common.SKINS, common.HAIRS]
-    assert math.prod(len(table) for table in tables) > 1_000_000
+    tables = common.picture_tables("faces")
+    names = "styles fringes eyes brows mouths cheeks tops patterns accessories skins hairs".split()
+    assert math.prod(len(tables[name]) for name in names) > 1_000_000

@@ -1,4 +1,4 @@
-"""The drawn scenes of dit_t2i.py: a picture book in which every caption is true."""
+"""Painted scenes: every caption is true."""
 
 import re
 from collections import Counter
@@ -7,17 +7,20 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
-import dit_t2i as scenes
-from dit_t2i import SCENE_BACKGROUNDS, SCENE_COLOURS, SCENE_OBJECTS, SCENE_PLACES, SCENE_RELATIONS, draw_scene
+import common
+from common import paint_scene
 
-PURE = {name: np.array(ImageColor.getrgb(body), float) for name, (body, _) in SCENE_COLOURS.items()}
+TABLES = common.picture_tables("scenes")
+COLOURS, THINGS, BACKGROUNDS = TABLES["colours"], TABLES["things"], TABLES["backgrounds"]
+PLACES, RELATIONS = TABLES["places"], TABLES["relations"]
+PURE = {name: np.array(ImageColor.getrgb(row["body"]), float) for name, row in COLOURS.items()}
 # What the words mean on the screen, written down a second time: x to the right, y downwards.
 MEANING = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "top": (0, -1), "below": (0, 1), "bottom": (0, 1)}
-COLOUR, OBJECT = "|".join(SCENE_COLOURS), "|".join(SCENE_OBJECTS)
-THING = rf"an? (?:(small|big) )?({COLOUR}) ({OBJECT})"
+COLOUR, THING_NAME = "|".join(COLOURS), "|".join(THINGS)
+THING = rf"an? (?:(small|big) )?({COLOUR}) ({THING_NAME})"
 GRAMMAR = re.compile(
-    rf"{THING}(?: ({'|'.join(SCENE_RELATIONS)}) {THING}| ({'|'.join(SCENE_PLACES)}))?"
-    rf"(?:,? ({'|'.join(SCENE_BACKGROUNDS)}))?"
+    rf"{THING}(?: ({'|'.join(RELATIONS)}) {THING}| ({'|'.join(PLACES)}))?"
+    rf"(?:,? ({'|'.join(BACKGROUNDS)}))?"
 )
 
 
@@ -27,7 +30,7 @@ def parse(caption):
 
 
 def array(seed, size=64):
-    return np.asarray(draw_scene(seed, size)[0], float)
+    return np.asarray(paint_scene(seed, size)[0], float)
 
 
 def far(a, b):
@@ -37,38 +40,38 @@ def far(a, b):
 def without(monkeypatch, seed, blank=None, size=64):
     """The picture with some things, or all, left out: the same random numbers, empty outlines."""
     with monkeypatch.context() as patch:
-        rest = {name: [] if blank in (None, name) else row for name, row in SCENE_OBJECTS.items()}
-        patch.setattr(scenes, "SCENE_OBJECTS", rest)
+        rest = {name: [] if blank in (None, name) else row for name, row in THINGS.items()}
+        patch.setitem(TABLES, "things", rest)
         return array(seed, size)
 
 
 @pytest.fixture(scope="module")
 def captions():
-    return [draw_scene(seed, 16)[1] for seed in range(5000)]
+    return [paint_scene(seed, 16)[1] for seed in range(5000)]
 
 
 def test_a_scene_is_a_function_of_its_number_alone():
-    one, caption, _ = draw_scene(5)
-    draw_scene(6)
-    again, words, _ = draw_scene(5)
+    one, caption, _ = paint_scene(5)
+    paint_scene(6)
+    again, words, _ = paint_scene(5)
     assert one.size == (64, 64) and one.mode == "RGB" and one.tobytes() == again.tobytes() and caption == words
-    assert draw_scene(5, 32)[1] == caption
-    assert np.abs(array(5, 32) - np.asarray(draw_scene(5, 128)[0].reduce(4), float)).mean() < 4
+    assert paint_scene(5, 32)[1] == caption
+    assert np.abs(array(5, 32) - np.asarray(paint_scene(5, 128)[0].reduce(4), float)).mean() < 4
 
 
 def test_no_two_scenes_are_equal():
-    assert len({draw_scene(seed)[0].tobytes() for seed in range(5000)}) > 4990
+    assert len({paint_scene(seed)[0].tobytes() for seed in range(5000)}) > 4990
 
 
 def test_captions_follow_the_grammar_and_use_everything(captions):
     seen = [Counter(column) for column in zip(*map(parse, captions))]
     assert set(seen[0]) == {None, "small", "big"}
-    assert set(seen[1]) == set(SCENE_COLOURS) and set(seen[4]) == {None, *SCENE_COLOURS}
-    assert set(seen[2]) == set(SCENE_OBJECTS) and set(seen[5]) == {None, *SCENE_OBJECTS}
-    assert set(seen[3]) == {None, *SCENE_RELATIONS}
-    assert set(seen[6]) == {None, *SCENE_PLACES} and set(seen[7]) == {None, *SCENE_BACKGROUNDS}
+    assert set(seen[1]) == set(COLOURS) and set(seen[4]) == {None, *COLOURS}
+    assert set(seen[2]) == set(THINGS) and set(seen[5]) == {None, *THINGS}
+    assert set(seen[3]) == {None, *RELATIONS}
+    assert set(seen[6]) == {None, *PLACES} and set(seen[7]) == {None, *BACKGROUNDS}
     assert min(seen[1].values()) > 300 and min(seen[2].values()) > 120  # none is rare
-    assert len(SCENE_OBJECTS) >= 18 and len(SCENE_COLOURS) >= 11 and len(SCENE_BACKGROUNDS) >= 12
+    assert len(THINGS) >= 18 and len(COLOURS) >= 11 and len(BACKGROUNDS) >= 12
 
 
 def test_captions_are_short_plain_and_spelt_right(captions):
@@ -84,7 +87,7 @@ def test_captions_are_short_plain_and_spelt_right(captions):
 def test_the_colour_in_the_caption_is_the_colour_of_the_thing(monkeypatch):
     singles = 0
     for seed in range(1500):
-        picture, caption, _ = draw_scene(seed)
+        picture, caption, _ = paint_scene(seed)
         _, colour, _, relation, *_ = parse(caption)
         if relation:
             continue
@@ -97,11 +100,11 @@ def test_the_colour_in_the_caption_is_the_colour_of_the_thing(monkeypatch):
 
 
 def test_things_are_where_the_caption_says(monkeypatch):
-    monkeypatch.setattr(scenes, "DETAILS", dict.fromkeys(scenes.DETAILS, (0, 255, 0)))  # only bodies are left to see
+    monkeypatch.setitem(TABLES, "details", dict.fromkeys(TABLES["details"], (0, 255, 0)))  # only bodies are left to see
     rows, columns = np.mgrid[-1:1:64j, -1:1:64j]
     checked = Counter()
     for seed in range(2500):
-        picture, caption, _ = draw_scene(seed)
+        picture, caption, _ = paint_scene(seed)
         picture = np.asarray(picture, float)
         _, colour, _, relation, colour2, _, place, _ = parse(caption)
         drawn = far(picture, without(monkeypatch, seed)) > 20
@@ -123,7 +126,7 @@ def test_things_are_where_the_caption_says(monkeypatch):
 def test_sizes_can_be_told_apart(monkeypatch):
     extents = {"small": [], None: [], "big": []}
     for seed in range(400):
-        size, _, _, relation, *_ = parse(draw_scene(seed)[1])
+        size, _, _, relation, *_ = parse(paint_scene(seed)[1])
         if not relation:
             drawn = far(array(seed), without(monkeypatch, seed)) > 20
             rows, columns = np.nonzero(drawn)
@@ -134,7 +137,7 @@ def test_sizes_can_be_told_apart(monkeypatch):
 def test_two_things_never_touch_and_differ(monkeypatch):
     pairs = 0
     for seed in range(2000):
-        caption = draw_scene(seed)[1]
+        caption = paint_scene(seed)[1]
         _, colour, thing, relation, colour2, thing2, *_ = parse(caption)
         if not relation:
             continue
@@ -149,29 +152,31 @@ def test_two_things_never_touch_and_differ(monkeypatch):
 
 
 def test_every_thing_stays_inside_its_frame():
-    for name, cutouts in SCENE_OBJECTS.items():
+    for name, shapes in THINGS.items():
         image = Image.new("RGB", (240, 240), "white")
-        scenes.Collage(image, {}, scale=1 / 1.2).paste([("black", outline) for _, outline in cutouts])
+        common.Painter(image, {}, scale=1 / 1.2).paint([("black", outline) for _, outline in shapes])
         left, top, right, bottom = (v / 100 - 1.2 for v in image.convert("L").point(lambda v: 255 - v).getbbox())
         assert min(left, top) > -1.06 and max(right, bottom) < 1.06, name
         assert max(right - left, bottom - top) > 1.7, name  # or "small" would not mean the same for all
 
 
 def test_things_stand_out_from_their_background(monkeypatch):
-    for colour, phrases in scenes.STAGES.items():
+    seen_on = {colour: set(BACKGROUNDS) - set(row["avoid"]) for colour, row in COLOURS.items()}
+    for colour, phrases in seen_on.items():
         assert len(phrases) >= 3 and not any(colour in phrase.split() for phrase in phrases)
-        for other, others in scenes.STAGES.items():
-            assert set(phrases) & set(others), (colour, other)  # no pair of colours is without a place to be
+        for other, others in seen_on.items():
+            assert phrases & others, (colour, other)  # every pair of colours has a background
     for seed in range(1500):
-        picture, caption, _ = draw_scene(seed)
+        picture, caption, _ = paint_scene(seed)
         picture, empty = np.asarray(picture, float), without(monkeypatch, seed)
         body = far(picture, PURE[parse(caption)[1]]) < 42
         assert far(picture, empty)[body & (far(picture, empty) > 20)].min() > 40, (seed, caption)
 
 
-def test_a_new_row_is_a_new_thing(monkeypatch):
-    monkeypatch.setattr(scenes, "SCENE_OBJECTS", {"pebble": [("body", scenes.oval(0, 0, 1, 0.6))]})
-    monkeypatch.setattr(scenes, "SCENE_COLOURS", SCENE_COLOURS | {"crimson": ("#b00030", "#800020")})
-    monkeypatch.setattr(scenes, "STAGES", scenes.STAGES | {"crimson": list(SCENE_BACKGROUNDS)})
-    captions = {draw_scene(seed, 16)[1] for seed in range(200)}
+def test_a_new_entry_is_a_new_thing(monkeypatch):
+    diamond = [[0, -1], [1, 0], [0, 1], [-1, 0]]
+    monkeypatch.setitem(TABLES, "things", {"pebble": [["body", diamond]]})
+    crimson = {"body": "#b00030", "deep": "#800020", "avoid": []}
+    monkeypatch.setitem(TABLES, "colours", COLOURS | {"crimson": crimson})
+    captions = {paint_scene(seed, 16)[1] for seed in range(200)}
     assert "a crimson pebble" in captions and all("pebble" in caption for caption in captions)

@@ -1100,7 +1100,7 @@ def test_the_weights_that_came_with_the_code():
     with safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["config"])
     assert header["config"]["levels"] == 1001
-    face = torch.from_numpy(np.array(common.draw_face(3, 80)[0])).permute(2, 0, 1)[None] / 127.5 - 1
+    face = torch.from_numpy(np.array(common.paint_face(3, 80)[0])).permute(2, 0, 1)[None] / 127.5 - 1
     assert serpentine.psnr(vae, face) > 20  # it never saw a face of this kind
     drawn = serpentine.sample(vae, denoiser, DrawConfig(num=4, steps=20, device="cpu"), header, (vae.channels, 10, 10))
     normal = vae.normalise(drawn)

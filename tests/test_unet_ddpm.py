@@ -853,7 +853,7 @@ def test_eight_bits_without_their_package_name_it(monkeypatch):
 def test_shipped_weights_are_small_and_draw_faces():
     paths = [ROOT / "weights" / name for name in ("unet_ddpm.safetensors", "unet_ddpm_ddpm.safetensors")]
     assert sum(path.stat().st_size for path in paths) < 20e6
-    faces = np.stack([np.asarray(common.draw_face(seed, 40)[0]) for seed in range(128)])
+    faces = np.stack([np.asarray(common.paint_face(seed, 40)[0]) for seed in range(128)])
     rgb = torch.from_numpy(faces).permute(0, 3, 1, 2) / 255
     distance = unet_ddpm.Distance(range(128), lambda index: rgb[index], 64)
     for path, objective, bar in zip(paths, ("flow", "ddpm"), (1.5, 6)):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FIXTURES
-from PIL import Image, ImageDraw
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -538,106 +538,6 @@ def test_every_sample_comes_once_an_epoch():
     assert len(straddling) == 4
 
 
-# ---- emoji, drawn by hand so that no font is needed ----
-
-SHAPES = ["car", "fish", "dog", "owl", "pear", "dog face"]
-
-
-def draw_shape(seed, size):
-    """In place of draw_emoji: each thing a different arrangement of a body in colour and a grey detail."""
-    index = seed % len(SHAPES)
-    picture = Image.new("RGBA", (size, size))
-    pen = ImageDraw.Draw(picture)
-    pen.rectangle([size // 8, size // 4, size // 8 + (index + 2) * size // 10, size * 3 // 4], "#c04020")
-    pen.ellipse([size // 2, index * size // 12, size * 3 // 4, index * size // 12 + size // 4], "#303030")
-    return picture, SHAPES[index], []
-
-
-@pytest.fixture
-def emoji(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(dit_t2i, "emoji_things", lambda: [("", name) for name in SHAPES])
-    monkeypatch.setattr(dit_t2i, "draw_emoji", draw_shape)
-    return dit_t2i.EmojiSet(32)
-
-
-def test_training_never_shows_the_colours_that_are_held_out(emoji):
-    seen, kept_back = emoji, emoji.unseen()
-    held = {"dog", "owl", "pear"}
-    assert {kept_back.names[i] for i, _ in kept_back.pairs} == held and len(kept_back) == 3 * 8
-    shown = {(seen.names[i], colour) for i, colour in seen.pairs}
-    assert shown.isdisjoint((kept_back.names[i], colour) for i, colour in kept_back.pairs)
-    assert {(thing, hue) for thing in ("car", "fish") for hue in dit_t2i.HUES} <= shown
-    assert all((thing, None) in shown and (thing, "brown") in shown for thing in SHAPES)
-    _, data, held_out, _ = dit_t2i.load_data(Config(data="emoji", image_size=32))
-    assert data.pairs == seen.pairs and held_out.pairs == kept_back.pairs
-    _, captions = seen.batch(list(range(len(seen))) * 20, common.Draw(20 * len(seen), 0))
-    # "dog face" neither: that would be a red dog.
-    assert not any(f"{hue} {thing}" in caption for hue in dit_t2i.HUES for thing in held for caption in captions)
-
-
-def test_colours_and_things_of_true_pictures_are_recognised(emoji):
-    data = emoji
-    index = [i for i, (_, colour) in enumerate(data.pairs) if colour in dit_t2i.HUES]
-    x, captions = data.batch(index, common.Draw(len(index), 0))  # some of them mirrored
-    on_white = [k for k, caption in enumerate(captions) if "background" not in caption]
-    rgb = (x[on_white] + 1) / 2
-    colours = [data.pairs[index[k]][1] for k in on_white]
-    things = [data.names[data.pairs[index[k]][0]] for k in on_white]
-    assert len(rgb) > 5 and dit_t2i.colour_seen(rgb) == colours and dit_t2i.things_seen(rgb, data) == things
-    # ... and the measures can say no.
-    assert dit_t2i.colour_seen(torch.full((1, 3, 8, 8), 0.5)) == [None]
-    assert dit_t2i.colour_seen(rgb.flip(1)) != colours and dit_t2i.things_seen(rgb.flip(2), data) != things
-
-
-def test_captions_of_emoji_tell_the_truth(emoji):
-    data = emoji
-    x, captions = data.batch([*range(len(data))] * 5, common.Draw(5 * len(data), 1))
-    words = Words.learn(data.all_captions(), 16)
-    white, grounds = 0, set()
-    for picture, caption in zip((x + 1) / 2, captions):
-        assert words.complaints(caption) == []
-        corner = picture[:, 0, 0]
-        if "background" in caption:
-            name = caption.split()[-2]
-            grounds.add(name)
-            assert torch.allclose(corner, 0.45 * dit_t2i.rgb_of([name]).flatten() + 0.55, atol=1e-3)
-            assert caption.count(name) == 1
-        else:
-            white += 1
-            assert (corner == 1).all()
-    assert 0.3 < white / len(x) < 0.7 and grounds == set(dit_t2i.HUES)
-
-
-def test_tint_keeps_shading_greys_and_transparency():
-    rgba = torch.zeros(1, 4, 4, 4)
-    rgba[:, :3, :3] = torch.tensor([0.8, 0.2, 0.2]).view(3, 1, 1) * torch.tensor([0.5, 0.8, 1.0]).view(3, 1)
-    rgba[:, :3, 3] = 0.4  # a grey row
-    rgba[:, 3, :, 1:] = 1
-    blue = dit_t2i.tint(rgba, dit_t2i.rgb_of(["blue"]))
-    assert torch.equal(blue[:, 3], rgba[:, 3]) and torch.equal(blue[:, :3, 3], rgba[:, :3, 3])
-    brightness = dit_t2i.luma(blue[:, :3])[0, 0, :3, 2]
-    assert brightness[0] < brightness[1] < brightness[2]
-    turn, _ = dit_t2i.hue(blue[:, :3, :3])
-    assert torch.allclose(turn, dit_t2i.hue(dit_t2i.rgb_of(["blue"]))[0].expand_as(turn), atol=0.02)
-    skull = torch.ones(1, 4, 4, 4)  # no colour of its own: tinted all over
-    assert dit_t2i.colour_seen(dit_t2i.tint(skull * 0.6, dit_t2i.rgb_of(["green"]))[:, :3]) == ["green"]
-
-
-def test_names_of_emoji_are_plain_words():
-    called = {"\N{AUTOMOBILE}": "car", "\N{FISH}": "fish", "\N{HOT BEVERAGE}": "coffee", "\N{TOP HAT}": "top hat"}
-    assert {character: dit_t2i.emoji_name(character) for character in called} == called
-    nothing = "\N{CLOCK FACE TWO OCLOCK}", "\N{GREEN BOOK}", "\N{LEFT RIGHT ARROW}", "\N{SQUARED OK}", "A", "\ue000"
-    assert [dit_t2i.emoji_name(character) for character in nothing] == [""] * len(nothing)
-
-
-def test_missing_emoji_font_is_said_in_one_line(monkeypatch):
-    monkeypatch.setattr(dit_t2i, "EMOJI_FONTS", (("no such font.ttf", 12),))
-    dit_t2i.emoji_font.cache_clear()
-    with pytest.raises(UserError, match="fonts-noto-color-emoji"):
-        dit_t2i.emoji_font()
-
-
 # ---- captioned folders, runs ----
 
 TINY = dict(image_size=8, patch_size=2, depth=2, num_heads=2, head_dim=8, text_dim=12)
@@ -894,32 +794,6 @@ def test_best_checkpoint_is_that_of_the_least_held_out_loss(train, tmp_path, mon
     assert len(losses) == 3 and header["held_out_loss"] == 1.0 and header["step"] == 2
 
 
-def test_evaluation_counts_right_answers(emoji, weights, monkeypatch, capsys):
-    """True pictures in place of samples are all right; the same under other prompts are mostly wrong."""
-    monkeypatch.setattr(dit_t2i, "HELD_OUT", ["dog", "owl"])
-    tensors, header = common.load_tensors(weights)
-    header["config"] |= {"data": "emoji", "image_size": 32}
-    common.save_tensors(weights, tensors, header)
-    turned = []
-
-    def true_pictures(model, options, text, null, shape, apart):
-        pictures = []
-        assert apart == 2  # each pair has noise of its own
-        for thing in ("dog", "owl"):
-            rgba = emoji.rgba[emoji.names.index(thing)][None] / 255
-            for colour in dit_t2i.HUES:
-                tinted = dit_t2i.tint(rgba, dit_t2i.rgb_of([colour]))
-                pictures += [(tinted[:, :3] * tinted[:, 3:] + 1 - tinted[:, 3:]) * 2 - 1] * options.num
-        return torch.cat(pictures).roll(2 * len(turned), dims=0)
-
-    monkeypatch.setattr(dit_t2i, "sample", true_pictures)
-    assert dit_t2i.main(["evaluate", "--weights", str(weights), "--num", "2"]) == 0
-    assert "of 32 pictures" in (out := capsys.readouterr().out) and out.count("100.0%") == 2
-    turned.append(True)
-    assert dit_t2i.main(["evaluate", "--weights", str(weights), "--num", "2"]) == 0
-    assert "0.0% have the right hue and 87.5% look" in capsys.readouterr().out
-
-
 # ---- the command line ----
 
 
@@ -973,7 +847,6 @@ def test_sample_draws_a_row_for_each_prompt(weights, tmp_path, monkeypatch, caps
         (["sample", "red", "--weights", "foreign.safetensors"], "no checkpoint of dit_t2i.py"),
         (["sample", "red", "--prompts", "missing.txt"], "cannot read prompts"),
         (["sample", "red", "--cfg", "-1"], "--cfg -1.0: must be at least 0"),
-        (["evaluate"], "--data emoji only"),
         (["train", "--data", "nowhere"], "no folder nowhere"),
         (["train", "--data", "bare"], "no captions in bare"),
         (["train", "--data", "captioned", "--patch-size", "3", "--image-size", "8"], "--patch-size 3 does not divide"),
@@ -1004,7 +877,7 @@ def test_mistakes_end_in_one_line(weights, tmp_path, monkeypatch, capsys, words,
     Image.new("RGB", (8, 8)).save(tmp_path / "bare" / "a.png")
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "shard_00000.safetensors").write_bytes(weights.read_bytes()[:1000])
-    if words[0] in ("sample", "evaluate") and "--weights" not in words:
+    if words[0] == "sample" and "--weights" not in words:
         words = [*words, "--weights", str(weights)]
     if words[0] == "train":
         words = [*words, "--steps", "1", "--out", "elsewhere"]

@@ -1,0 +1,142 @@
+"""experiments/emoji.py: the folder that it paints, its measures, and the shipped weights on unseen pairs."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image, ImageDraw
+
+import dit_t2i
+from common import UserError
+from experiments import emoji
+
+NAMES = ["car", "fish", "dog", "owl", "pear", "dog face"]
+WHITE = torch.ones(1, 3, 1, 1)
+
+
+def shape(index, size):
+    """In place of an emoji, so that no font is needed: each thing has another arrangement of a red body and a grey
+    detail."""
+    picture = Image.new("RGBA", (size, size))
+    pen = ImageDraw.Draw(picture)
+    pen.rectangle([size // 8, size // 4, size // 8 + (index + 2) * size // 10, size * 3 // 4], "#c04020")
+    pen.ellipse([size // 2, index * size // 12, size * 3 // 4, index * size // 12 + size // 4], "#303030")
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
+
+
+@pytest.fixture
+def shapes(monkeypatch, tmp_path):
+    """(names, RGBA pictures) that emoji.py takes for the font's, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(emoji, "all_emoji", lambda size: (NAMES, torch.stack([shape(i, size) for i in range(6)])))
+    return emoji.all_emoji(32)
+
+
+def tinted(rgba, colour):
+    """RGBA pictures -> RGB, in a colour, on white."""
+    return emoji.on_ground(emoji.tint(rgba, emoji.rgb_of([colour])), WHITE)
+
+
+def test_held_out_things_are_painted_in_no_hue():
+    shown = {(NAMES[i], colour) for i, colour in emoji.pairs_to_paint(NAMES)}
+    unseen = {(thing, hue) for thing in ("dog", "owl", "pear", "dog face") for hue in emoji.HUES}
+    assert shown.isdisjoint(unseen)
+    assert shown | unseen == {(thing, colour) for thing in NAMES for colour in (None, *emoji.COLOURS)}
+
+
+def test_the_painted_folder_is_read_by_training_and_its_captions_are_true(shapes):
+    assert emoji.main(["paint", "--out", "folder", "--size", "32", "--count", "300"]) == 0
+    everything, *_ = dit_t2i.load_data(dit_t2i.Config(data="folder", image_size=32))
+    captions = everything.captions
+    assert len(captions) == 300
+    mirrored = 0
+    for picture, caption in zip(everything.pictures / 255, captions):
+        thing, _, ground = caption.partition(" on ")
+        ground = ground.split()[-2] if ground else None
+        _, *words = thing.split()
+        colour = words.pop(0) if words[0] in emoji.COLOURS else None
+        assert ground is None or ground != colour  # never blue on blue
+        rgba = shapes[1][NAMES.index(" ".join(words))][None]
+        rgba = emoji.tint(rgba, emoji.rgb_of([colour])) if colour else rgba
+        true = emoji.on_ground(rgba, 0.45 * emoji.rgb_of([ground]) + 0.55 if ground else WHITE)[0]
+        differences = [(picture - either).abs().max() for either in (true, true.flip(-1))]
+        assert min(differences) < 0.01, caption
+        mirrored += differences[1] < differences[0]
+    assert 100 < mirrored < 200
+    assert 100 < sum(" on " in caption for caption in captions) < 200
+
+
+def test_colours_and_things_of_true_pictures_are_recognised(shapes):
+    names, rgba = shapes
+    pairs = [(name, hue) for name in names for hue in emoji.HUES]
+    rgb = torch.cat([tinted(rgba[names.index(name)][None], hue) for name, hue in pairs])
+    rgb[::2] = rgb[::2].flip(-1)
+    things, colours = map(list, zip(*pairs))
+    assert emoji.colour_seen(rgb) == colours and emoji.things_seen(rgb, *shapes) == things
+    # The measures can fail, too.
+    assert emoji.colour_seen(torch.full((1, 3, 8, 8), 0.5)) == [None]
+    assert emoji.colour_seen(rgb.flip(1)) != colours and emoji.things_seen(rgb.flip(2), *shapes) != things
+
+
+def test_tint_keeps_shading_greys_and_transparency():
+    rgba = torch.zeros(1, 4, 4, 4)
+    rgba[:, :3, :3] = torch.tensor([0.8, 0.2, 0.2]).view(3, 1, 1) * torch.tensor([0.5, 0.8, 1.0]).view(3, 1)
+    rgba[:, :3, 3] = 0.4  # a grey row
+    rgba[:, 3, :, 1:] = 1
+    blue = emoji.tint(rgba, emoji.rgb_of(["blue"]))
+    assert torch.equal(blue[:, 3], rgba[:, 3]) and torch.equal(blue[:, :3, 3], rgba[:, :3, 3])
+    brightness = emoji.luma(blue[:, :3])[0, 0, :3, 2]
+    assert brightness[0] < brightness[1] < brightness[2]
+    turn, _ = emoji.hue(blue[:, :3, :3])
+    assert torch.allclose(turn, emoji.hue(emoji.rgb_of(["blue"]))[0].expand_as(turn), atol=0.02)
+    skull = torch.ones(1, 4, 4, 4)  # no colour of its own: tinted all over
+    assert emoji.colour_seen(emoji.tint(skull * 0.6, emoji.rgb_of(["green"]))[:, :3]) == ["green"]
+
+
+def test_names_of_emoji_are_plain_words():
+    names = {"\N{AUTOMOBILE}": "car", "\N{FISH}": "fish", "\N{HOT BEVERAGE}": "coffee", "\N{TOP HAT}": "top hat"}
+    assert {character: emoji.emoji_name(character) for character in names} == names
+    nothing = "\N{CLOCK FACE TWO OCLOCK}", "\N{GREEN BOOK}", "\N{LEFT RIGHT ARROW}", "\N{SQUARED OK}", "A", "\ue000"
+    assert [emoji.emoji_name(character) for character in nothing] == [""] * len(nothing)
+
+
+def test_a_missing_font_is_reported_with_the_package_to_install(monkeypatch):
+    monkeypatch.setattr(emoji, "EMOJI_FONTS", (("no such font.ttf", 12),))
+    emoji.emoji_font.cache_clear()
+    with pytest.raises(UserError, match="fonts-noto-color-emoji"):
+        emoji.emoji_font()
+
+
+@pytest.mark.parametrize("shift, hues, things", [(0, "100.0%", "100.0%"), (2, "0.0%", "87.5%")])
+def test_evaluate_counts_right_pictures(shapes, monkeypatch, capsys, shift, hues, things):
+    """True pictures in place of samples are all right. Moved on by one pair, they are mostly wrong."""
+    monkeypatch.setattr(emoji, "HELD_OUT", ["dog", "owl"])
+    real = dit_t2i.load_model(ROOT / "weights" / "dit_t2i.safetensors", "cpu")
+    real[1].image_size = 32
+    monkeypatch.setattr(dit_t2i, "load_model", lambda path, device: real)
+
+    def true_pictures(model, options, text, null, size, apart):
+        assert apart == options.num == 2 and len(text) == 16  # each pair has noise of its own
+        pairs = [(thing, hue) for thing in ("dog", "owl") for hue in emoji.HUES]
+        rgb = torch.cat([tinted(shapes[1][NAMES.index(thing)][None], hue) for thing, hue in pairs])
+        return (rgb.repeat_interleave(2, dim=0) * 2 - 1).roll(shift, dims=0)
+
+    monkeypatch.setattr(dit_t2i, "sample", true_pictures)
+    assert emoji.main(["evaluate", "--num", "2"]) == 0
+    assert "of 32 pictures" in (out := capsys.readouterr().out)
+    assert f"{hues} have the right hue and {things} look" in out
+
+
+def test_shipped_weights_paint_unseen_pairs_in_the_right_hue():
+    path = ROOT / "weights" / "dit_t2i.safetensors"
+    assert path.stat().st_size < 60e6
+    model, config, header = dit_t2i.load_model(path, "cpu")
+    words = dit_t2i.Words(header["text"]["words"], header["text"]["length"])
+    things = random.Random(0).sample(emoji.HELD_OUT, len(emoji.HUES))
+    prompts = [f"a {colour} {thing}" for colour, thing in zip(emoji.HUES, things)]
+    options = dit_t2i.DrawConfig(num=1, cfg=config.cfg, steps=10)
+    latents = dit_t2i.sample(model, options, words(prompts), words([""]), (3, config.image_size, config.image_size))
+    seen = emoji.colour_seen(dit_t2i.to_rgb(None, latents))
+    assert sum(a == b for a, b in zip(seen, emoji.HUES)) >= 7

@@ -1926,7 +1926,7 @@ class Chart:
 MAY_CHANGE = set(
     "data out minutes steps epochs vae clip device compile checkpoint_every resume vae_minutes vae_steps "
     "checkpointing checkpoint_activations grad_accum fsdp cache_gb stream threads per_host timeout "
-    "retries max_mb schemes private_hosts start".split()
+    "max_mb private_hosts start".split()
 )
 PROGRESS_BAR = "{percentage:3.0f}% {bar} {elapsed} passed, {remaining} left{postfix}"
 NOISE_BINS = 8

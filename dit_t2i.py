@@ -30,30 +30,25 @@ import difflib
 import functools
 import glob
 import gzip
-import hashlib
 import http.client
-import importlib
 import io
 import ipaddress
 import itertools
 import json
 import math
 import os
-import queue
 import random
 import re
-import shutil
 import socket
 import ssl
 import string
 import sys
-import tempfile
+import tarfile
 import threading
 import time
 import unicodedata
 import urllib.parse
-import urllib.request
-import warnings
+import weakref
 import zlib
 from pathlib import Path
 
@@ -108,12 +103,8 @@ class Config(common.TrainConfig):
     stream: str = option("", "metadata shards whose pictures are fetched, e.g. 'shards/*.jsonl' (.parquet, .tar)")
     threads: int = option(16, "pictures that each process fetches at a time", low=1)
     per_host: int = option(8, "of these at most from one host", low=1)
-    timeout: float = option(10.0, "seconds that a picture may take", low=0.01)
-    retries: int = option(2, "further tries where one fails that may yet succeed", low=0)
+    timeout: float = option(10.0, "seconds that a picture may take, all tries together", low=0.01)
     max_mb: float = option(20.0, "largest file that is fetched, in megabytes", low=0.0)
-    schemes: tuple[str, ...] = option(
-        ("http", "https"), "kinds of address that are followed", choices=("http", "https", "file")
-    )
     private_hosts: bool = option(False, "follow addresses into private networks and to this machine, too")
     cache_gb: float = option(1.0, "memory that keeps decoded pictures, on each machine; 0: none", low=0.0)
     min_score: float = option(0.0, "least aesthetic score that a picture may have; 0: any or none", low=0.0)
@@ -269,7 +260,7 @@ def captions_of(paths, folder):
 
 
 # What --data knows nothing of.
-STREAM_FIELDS = "threads per_host timeout retries max_mb schemes private_hosts cache_gb min_score min_side".split()
+STREAM_FIELDS = "threads per_host timeout max_mb private_hosts cache_gb min_score min_side".split()
 
 
 def load_data(config):
@@ -318,590 +309,380 @@ def load_data(config):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Streams: pictures fetched from the web while training goes on, as metadata shards name them (re-diffusion's
-# "Dataset Strategy"). Lines of the shards are dealt out to the processes; each process has threads that fetch and
-# decode; what fails is counted by kind and left out. There is no end and no epoch: after the last shard comes the
-# first again.
+# Streams: pictures fetched from the web during training ("Distributed Streaming Training" of the write-up
+# re-diffusion). Metadata shards name the pictures, one row each. Every process owns a share of the rows and passes over
+# them again and again, in threads that fetch and decode. Rows that give no picture are counted by reason and left out.
 
-WORDS_FROM = 20_000  # captions that --encoder words learns its vocabulary from
-AGENT = "dit_t2i (a text-to-image model in training)"
-BACK_OFF = 0.5  # seconds before the second try, doubled before each that follows
-MAX_PAUSE = 30.0  # who asks for a longer one is not asked again
+WORDS_FROM = 20_000  # captions from which --encoder words learns its vocabulary
+USER_AGENT = "dit_t2i (training of a text-to-image model)"
+REDIRECTS = (301, 302, 303, 307, 308)
 MAX_REDIRECTS = 5
-FORMATS = {"JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"}  # of Pillow's many, those of the web
-LARGE = 8_000_000  # pixels from which on only two pictures are decoded at a time: each may take a gigabyte
-large_ones = threading.Semaphore(2)
+PAUSES = (0.5, 1.0)  # seconds before the second and the third try
+WEB_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # others of Pillow's are rare, or start programs
+MAX_STREAM_PIXELS = 32_000_000  # a larger picture is not decoded: many threads decode at once, 4 bytes a pixel each
+trusted = functools.cache(ssl.create_default_context)  # loading the certificates takes a while
 
 
 class Refused(Exception):
-    """A line of a shard that gives no picture. kind: what is counted; passing: another try may help, after `pause`
-    seconds if that was said."""
+    """A row that gives no picture. kind: the reason, under which it is counted; transient: another try may succeed."""
 
-    def __init__(self, kind, passing=False, pause=None):
+    def __init__(self, kind, transient=False):
         super().__init__(kind)
-        self.kind, self.passing, self.pause = kind, passing, pause
+        self.kind, self.transient = kind, transient
 
 
 class Starved(Exception):
-    """A stream brought nothing until it was time to end."""
+    """Training has to end while the stream waits for a picture."""
 
 
-class Exhausted(UserError):
-    """A whole pass over a stream's shards brought nothing."""
+def is_public(address):
+    """Whether an IP address belongs to the public internet. IPv6 forms that carry an IPv4 address count as that one."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if ip.version == 4:
+        return ip.is_global and not ip.is_multicast
+    nat64 = ip in ipaddress.ip_network("64:ff9b::/96")
+    carried = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if nat64 else ip.ipv4_mapped or ip.sixtofour
+    if carried:
+        return is_public(str(carried))
+    return ip.is_global and ip in ipaddress.ip_network("2000::/3")  # global unicast: not multicast, not site-local
 
 
-def is_public(place):
-    """Is an IP address one of the public internet, whatever form it comes in?"""
-    number = ipaddress.ip_address(place.partition("%")[0])
-    if number.version == 6:
-        if number in ipaddress.ip_network("64:ff9b::/96"):  # IPv4 behind a translator
-            number = ipaddress.ip_address(int(number) & 0xFFFFFFFF)
-        elif number.ipv4_mapped or number.sixtofour:
-            number = number.ipv4_mapped or number.sixtofour
-        elif number.is_site_local or number.is_reserved:
-            return False
-    return number.is_global and not number.is_multicast
+def seconds_left(deadline):
+    """Seconds until a time.monotonic(). Raises TimeoutError when it has passed."""
+    if (seconds := deadline - time.monotonic()) <= 0:
+        raise TimeoutError
+    return seconds
 
 
-def split_address(url):
-    """The parts of an address. Raises Refused where it is none."""
-    with contextlib.suppress(ValueError):
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or (parts.hostname and parts.port != 0):
-            return parts
-    raise Refused("bad address")
+class DeadlineReader(io.RawIOBase):
+    """Reads a socket until a deadline. A socket's own timeout restarts with every packet, so a server that sends one
+    byte a second, in headers or body, could hold a thread for hours."""
 
+    def __init__(self, sock, deadline):
+        self.sock, self.deadline = sock, deadline
 
-class LimitedReader(io.RawIOBase):
-    """What a socket brings, up to a deadline and a size: status lines, headers and chunks alike, since a server can be
-    slow, or endless, in each."""
-
-    def __init__(self, raw, sock, deadline, left, stopped):
-        self.raw, self.sock, self.deadline, self.left, self.stopped = raw, sock, deadline, left, stopped
+    def makefile(self, mode):  # the only method of a socket that HTTPResponse calls
+        return io.BufferedReader(self)
 
     def readable(self):
         return True
 
     def readinto(self, buffer):
-        seconds = self.deadline - time.monotonic()
-        if seconds <= 0 or self.stopped.is_set():
-            raise TimeoutError
-        self.sock.settimeout(seconds)
-        count = self.raw.readinto(buffer)
-        self.left -= count
-        if self.left < 0:
-            raise Refused("too large")
-        return count
-
-    def close(self):
-        self.raw.close()
-        super().close()
+        self.sock.settimeout(seconds_left(self.deadline))
+        return self.sock.recv_into(buffer)
 
 
-class Fetcher:
-    """url -> the bytes behind it, within limits of time and size. Raises Refused, and nothing else."""
-
-    def __init__(self, schemes, private=False, timeout=10.0, max_bytes=20_000_000, retries=2):
-        self.schemes, self.private, self.timeout, self.max_bytes = schemes, private, timeout, max_bytes
-        self.retries, self.stopped, self.trusted = retries, threading.Event(), ssl.create_default_context()
-
-    def __call__(self, url):
-        for attempt in itertools.count():
-            try:
-                return self.follow(url, time.monotonic() + self.timeout)
-            except Refused as problem:
-                pause = min(MAX_PAUSE, BACK_OFF * 2**attempt * random.uniform(0.5, 1.5))
-                pause = pause if problem.pause is None else problem.pause  # a server's word counts for more
-                over = attempt == self.retries or pause > MAX_PAUSE or self.stopped.is_set()
-                if over or not problem.passing:
-                    raise
-            if self.stopped.wait(pause):
-                raise Refused("too slow", passing=True)
-
-    def follow(self, url, deadline):
-        """One try, to the end of all redirects, each of which must keep to what is allowed."""
+def connect(host, port, deadline, private):
+    """A socket to `host`. The name is resolved once and the very addresses that were checked are dialled: a second
+    lookup might return others. (Only the system limits how long a lookup takes.)"""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    addresses = list(dict.fromkeys(place[0] for *_, place in found))
+    if not private and not all(map(is_public, addresses)):
+        raise Refused("private address")
+    for address in addresses:
         try:
-            for hop in range(1 + MAX_REDIRECTS):
-                parts = split_address(url)
-                if parts.scheme not in self.schemes or (hop and parts.scheme == "file"):
-                    raise Refused("scheme not allowed")
-                content, place = self.read_file(parts) if parts.scheme == "file" else self.ask(parts, deadline)
-                if place is None:
-                    return content
-                url = urllib.parse.urljoin(url, place)
-            raise Refused("too many redirects")
-        except Refused:
-            raise
-        except (UnicodeError, http.client.InvalidURL):
-            raise Refused("bad address") from None
+            return socket.create_connection((address, port), seconds_left(deadline))
+        except OSError:  # for example IPv6 where there is none
+            if address == addresses[-1]:
+                raise
+
+
+def request(url, deadline, max_bytes, private, redirects=MAX_REDIRECTS):
+    """One try to fetch, through redirects, each of which is checked like the first address."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise Refused("bad address")
+    target = urllib.parse.quote(f"{parts.path or '/'}{parts.query and '?' + parts.query}", safe=string.punctuation)
+    host = parts.netloc.rpartition("@")[2].encode("idna").decode()
+    lines = [f"GET {target} HTTP/1.1", f"Host: {host}", f"User-Agent: {USER_AGENT}", "Connection: close", "", ""]
+    secure = parts.scheme == "https"
+    sock = connect(parts.hostname, parts.port or (443 if secure else 80), deadline, private)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(sock)
+        sock.settimeout(seconds_left(deadline))
+        if secure:
+            sock = stack.enter_context(trusted().wrap_socket(sock, server_hostname=parts.hostname))
+        sock.sendall("\r\n".join(lines).encode())
+        response = http.client.HTTPResponse(DeadlineReader(sock, deadline))
+        response.begin()
+        status, location = response.status, response.headers["Location"]
+        if status in REDIRECTS and location:
+            if not redirects:
+                raise Refused("too many redirects")
+            stack.close()
+            # http.client reads a header's bytes, which are mostly UTF-8, as latin-1.
+            location = urllib.parse.quote(location.strip(), safe=string.punctuation, encoding="latin-1")
+            return request(urllib.parse.urljoin(url, location), deadline, max_bytes, private, redirects - 1)
+        if status != 200:
+            raise Refused(f"http {status}", transient=status in (408, 429) or status >= 500)
+        if "noai" in str(response.headers.get_all("X-Robots-Tag")).lower():
+            raise Refused("declined by its owner")  # the header asks not to train on the picture
+        if (response.length or 0) > max_bytes:  # length: the bytes still to come, None if unknown
+            raise Refused("too large")
+        content = response.read(max_bytes + 1)
+        if len(content) > max_bytes:
+            raise Refused("too large")
+        if response.length:
+            raise Refused("truncated", transient=True)
+        return content
+
+
+def fetch(url, timeout=10.0, max_bytes=20_000_000, private=False):
+    """The bytes behind an http(s) URL. Whatever goes wrong raises Refused.
+
+    timeout: seconds for everything together: connecting, headers, body, redirects, and up to two more tries after
+    failures that may pass. private: whether addresses in private networks and on this machine are allowed.
+    """
+    deadline = time.monotonic() + timeout
+    for pause in (*PAUSES, None):
+        try:
+            return request(url, deadline, max_bytes, private)
+        except Refused as problem:
+            failure = problem
         except TimeoutError:
-            raise Refused("too slow", passing=True) from None
+            failure = Refused("too slow")  # final, since no time is left
         except http.client.IncompleteRead:
-            raise Refused("truncated", passing=True) from None
-        except (OSError, http.client.HTTPException) as problem:
-            for_good = isinstance(problem, ssl.SSLCertVerificationError | PermissionError) or (
-                isinstance(problem, socket.gaierror) and problem.errno == socket.EAI_NONAME
-            )
-            raise Refused("no connection", passing=not for_good) from None
-        except Exception:  # a server may say what the library did not expect; no run ends by that
-            raise Refused("odd answer") from None
-
-    def read_file(self, parts):
-        path = Path(urllib.request.url2pathname(parts.path))
-        if not path.is_file():
-            raise Refused("no such file")
-        with open(path, "rb") as file:
-            content = file.read(self.max_bytes + 1)
-        if len(content) > self.max_bytes:
-            raise Refused("too large")
-        return content, None
-
-    def ask(self, parts, deadline):
-        """(content, None), or where else to look: (None, address)."""
-        secure = parts.scheme == "https"
-        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        connection = kind(parts.hostname, parts.port or kind.default_port)
-
-        def answer(sock, **more):
-            made = http.client.HTTPResponse(sock, **more)
-            left = self.max_bytes + (1 << 17)  # for headers
-            made.fp = io.BufferedReader(LimitedReader(made.fp.detach(), sock, deadline, left, self.stopped))
-            return made
-
-        connection.response_class = answer
-        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        with contextlib.closing(connection):
-            # No proxy is asked: it would resolve names elsewhere.
-            connection.sock = self.connect(parts.hostname, connection.port, deadline)
-            if secure:
-                connection.sock.settimeout(max(0.001, deadline - time.monotonic()))  # for all of the handshake
-                connection.sock = self.trusted.wrap_socket(connection.sock, server_hostname=parts.hostname)
-            connection.request(
-                "GET", urllib.parse.quote(target, safe=string.punctuation), headers={"User-Agent": AGENT}
-            )
-            with connection.getresponse() as said:
-                if said.status in (301, 302, 303, 307, 308) and said.headers["Location"]:
-                    place = said.headers["Location"].strip()  # bytes as they came, which are most often UTF-8
-                    return None, urllib.parse.quote(place, safe=string.punctuation, encoding="latin-1")
-                if said.status != 200:
-                    pause = said.headers.get("Retry-After", "")
-                    passing = said.status in (408, 429) or said.status >= 500
-                    raise Refused(f"http {said.status}", passing, float(pause) if pause.isdecimal() else None)
-                if re.search(r"\bno(image)?ai\b", str(said.headers.get_all("X-Robots-Tag")), re.IGNORECASE):
-                    raise Refused("declined by its owner")  # who says: not for training
-                length = said.length  # as promised; None where it comes in chunks, or nobody said
-                if (length or 0) > self.max_bytes:
-                    raise Refused("too large")
-                content = said.read(self.max_bytes + 1)
-        if len(content) > self.max_bytes:
-            raise Refused("too large")
-        if len(content) < (length or 0):
-            raise Refused("truncated", passing=True)
-        return content, None
-
-    def connect(self, host, port, deadline):
-        """A socket to a host: to the very addresses that were checked, for a name may change its mind. (How long a name
-        takes to be resolved is the system's to say.)"""
-        places = list(dict.fromkeys(found[4][0] for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
-        if not self.private and not all(map(is_public, places)):
-            raise Refused("private address")
-        for number, place in enumerate(places):
-            try:
-                return socket.create_connection((place, port), max(0.001, deadline - time.monotonic()))
-            except OSError:  # such as an IPv6 address where there is no IPv6
-                if number == len(places) - 1:
-                    raise
+            failure = Refused("truncated", transient=True)
+        except OSError as problem:
+            failure = Refused("no connection", transient=problem.errno != socket.EAI_NONAME)  # unless no such host
+        except Exception:  # the libraries raise nearly anything on a broken URL or header
+            failure = Refused("bad address or answer")
+        if not failure.transient or pause is None or time.monotonic() + pause > deadline:
+            raise failure
+        time.sleep(pause)
 
 
 def decode_picture(content, size, min_side=0):
     """Bytes of a picture file -> (size, size, 3) uint8, the centre square. Raises Refused."""
     try:
-        with Image.open(io.BytesIO(content)) as picture:
-            if picture.format not in FORMATS:
-                raise Refused("no picture")
-            if min(picture.size) < min_side:
-                raise Refused("too small")
-            large = picture.width * picture.height > LARGE
-        with large_ones if large else contextlib.nullcontext():
-            return common.read_picture(io.BytesIO(content), size)
+        with Image.open(io.BytesIO(content), formats=WEB_FORMATS) as picture:  # reads the header, not the pixels
+            width, height = picture.size
+        if width * height > MAX_STREAM_PIXELS:
+            raise Image.DecompressionBombError
+        if min(width, height) < min_side:
+            raise Refused("too small")
+        return common.read_picture(io.BytesIO(content), size)
     except Refused:
         raise
+    except Image.UnidentifiedImageError:
+        raise Refused("no picture") from None
     except Image.DecompressionBombError:
         raise Refused("too large") from None
-    except Exception as problem:  # Pillow raises nearly anything on a broken file
-        words = str(problem)
-        kinds = {"cannot identify": "no picture", "truncated": "truncated", "are too many": "too large"}
-        raise Refused(next((kind for part, kind in kinds.items() if part in words), "broken picture")) from None
+    except Exception:  # Pillow raises nearly anything on a broken file
+        raise Refused("broken picture") from None
 
 
 class Cache:
-    """Decoded pictures by their addresses, in a folder that lies in memory, as many as fit in `budget` bytes. The one
-    that was not asked for longest goes first. Processes share the folder; each answers for what it has put there, and
-    for its part of what a killed run left. Raises UserError where the folder is somebody else's."""
+    """Decoded pictures by URL, at most `budget` bytes of them; the least recently used one is dropped first."""
 
-    def __init__(self, folder, budget, part=0, parts=1):
-        self.folder, self.lock, self.sizes, self.total = Path(folder), threading.Lock(), collections.OrderedDict(), 0
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if hasattr(os, "getuid") and self.folder.lstat().st_uid != os.getuid():
-            raise UserError(f"{self.folder} belongs to somebody else; leave the cache out with --cache-gb 0")
-        self.budget = min(budget, shutil.disk_usage(self.folder).free // 2) // parts
-        found = []
-        for path in self.folder.iterdir():
-            with contextlib.suppress(OSError):  # another process has just moved it
-                if zlib.crc32(path.name.encode()) % parts == part:
-                    found.append((path.stat().st_mtime, path.name, path.stat().st_size))
-        for _, name, size in sorted(found):
-            self.sizes[name] = size
-            self.total += size
-        self.shrink(0)
+    def __init__(self, budget):
+        self.budget, self.total = budget, 0
+        self.pictures, self.lock = collections.OrderedDict(), threading.Lock()
 
-    def get(self, key):
-        """The bytes kept under a key, or None."""
-        name = hashlib.sha256(key.encode()).hexdigest()
-        try:
-            content = (self.folder / name).read_bytes()
-        except OSError:
-            content = None
+    def get(self, url):
         with self.lock:
-            if content is None:
-                self.total -= self.sizes.pop(name, 0)
-            elif name in self.sizes:
-                self.sizes.move_to_end(name)
-        return content
+            if url in self.pictures:
+                self.pictures.move_to_end(url)
+            return self.pictures.get(url)
 
-    def put(self, key, content):
-        name = hashlib.sha256(key.encode()).hexdigest()
-        part = self.folder / f".{name}.{os.getpid()}.{threading.get_ident()}"
+    def put(self, url, picture):
         with self.lock:
-            if len(content) > self.budget:
-                return
-            self.total -= self.sizes.pop(name, 0)
-            self.shrink(len(content))
-            try:
-                part.write_bytes(content)
-                os.replace(part, self.folder / name)
-            except OSError:  # memory that is full is no reason to stop
-                part.unlink(missing_ok=True)
-                return
-            self.sizes[name] = len(content)
-            self.total += len(content)
+            if url not in self.pictures:
+                self.pictures[url] = picture
+                self.total += picture.nbytes
+            while self.total > self.budget:
+                self.total -= self.pictures.popitem(last=False)[1].nbytes
 
-    def shrink(self, room):
-        while self.sizes and self.total + room > self.budget:
-            name, size = self.sizes.popitem(last=False)
-            (self.folder / name).unlink(missing_ok=True)
-            self.total -= size
 
-    def clear(self):
-        """Give the memory back."""
-        with self.lock:
-            self.shrink(self.budget + 1)
-            with contextlib.suppress(OSError):  # other processes have theirs there
-                self.folder.rmdir()
+def read_tar(path):
+    """The rows of a webdataset shard: neighbouring files of one stem are a row, for example 7.jpg, 7.json and 7.txt.
+    (Read with the standard library: the webdataset package would hand names to a shell.)"""
+    with tarfile.open(path) as tar:
+        files = (member for member in tar if member.isfile())
+        for _, members in itertools.groupby(files, lambda member: os.path.splitext(member.name)[0]):
+            row = {}
+            for member in members:
+                suffix, content = os.path.splitext(member.name)[1].lower(), tar.extractfile(member).read()
+                if suffix == ".json":
+                    row |= json.loads(content)
+                elif suffix == ".txt":
+                    row["caption"] = content.decode("utf-8", "replace")
+                elif suffix in common.PICTURE_SUFFIXES:
+                    row["picture"] = content
+            yield row
 
 
 def read_shard(path):
-    """The lines of a metadata shard, one after the other, as dictionaries; None for one that is broken. .jsonl,
-    .parquet (pyarrow), or .tar (webdataset), whose lines bring the picture itself as "picture". Raises Refused where
-    the shard is broken, UserError where a package is missing."""
+    """The rows of a .jsonl, .parquet or .tar shard: dictionaries, or JSON still to be parsed. A shard that cannot be
+    read, or not to its end, ends with None. Raises UserError if pyarrow is missing."""
     try:
         if path.endswith(".parquet"):
-            for batch in needed("pyarrow.parquet", "pyarrow").ParquetFile(path).iter_batches(1000):
+            from pyarrow import parquet
+
+            for batch in parquet.ParquetFile(path).iter_batches(1000):
                 yield from batch.to_pylist()
         elif path.endswith(".tar"):
-            for sample in needed("webdataset.tariterators", "webdataset").tarfile_samples([{"url": path}]):
-                told = parse(sample.get("json", b"{}"))
-                picture = next((sample[kind] for kind in ("jpg", "jpeg", "png", "webp") if kind in sample), None)
-                text = {"caption": sample["txt"].decode("utf-8", "replace")} if "txt" in sample else {}
-                yield None if told is None else told | {"picture": picture} | text
+            yield from read_tar(path)
         else:
             with open(path, encoding="utf-8-sig", errors="replace") as file:
-                yield from map(parse, file)
-    except UserError:
-        raise
-    except Exception:  # each format has its own way to fail
-        raise Refused("broken shard") from None
-
-
-def parse(text):
-    """JSON -> a dictionary, or None where it is none."""
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None
-
-
-def needed(module, package):
-    """An optional package. Raises UserError where it is missing."""
-    try:
-        return importlib.import_module(module)
+                yield from file
     except ImportError:
-        raise UserError(f"these shards need a package that is not here: pip install {package}") from None
+        raise UserError(".parquet shards need a package that is not here: pip install pyarrow") from None
+    except Exception:  # each format fails in its own way
+        yield None
 
 
-@dataclasses.dataclass
-class Line:
-    """What a shard's line says: where a picture is, or its bytes, and what is in it."""
-
-    url: str
-    host: str
-    caption: str
-    picture: bytes | None = None
-    score: float | None = None  # of its beauty, 1 to 10
-    side: float | None = None  # the shorter one in pixels
-
-
-def understand(row):
-    """A shard's row as a Line, in our names or in LAION's. Raises Refused."""
-    row = {str(key).lower(): value for key, value in (row or {}).items() if value is not None}
-
-    def number(*names):
-        with contextlib.suppress(LookupError, TypeError, ValueError, OverflowError):  # where there is none
-            return min(float(row[name]) for name in names)
-
-    url, caption, picture = row.get("url", ""), row.get("caption", row.get("text")), row.get("picture")
-    picture = picture if isinstance(picture, bytes) else None  # others mean other things by the word
+def parse_row(row, min_score=0.0, min_side=0):
+    """A row of read_shard -> (url, caption, the picture file's bytes or None), by our names or LAION's (URL, TEXT,
+    AESTHETIC_SCORE, ...). Raises Refused if it is broken, or filtered out by its own numbers."""
+    if row is None:
+        raise Refused("broken shard")
     try:
-        (url + caption).encode()  # text, and such as can be written down
-        caption = caption.strip()[:4000]  # far more than any encoder reads
-        line = Line(url.strip(), split_address(url.strip()).hostname or "", caption, picture)
-    except (ValueError, TypeError, AttributeError, Refused):
-        raise Refused("broken line") from None
-    if not line.caption or not (line.url or picture):
-        raise Refused("broken line")
-    line.score = number("aesthetic_score" if "aesthetic_score" in row else "aesthetic")
-    line.side = number("width", "height") if {"width", "height"} <= row.keys() else None
-    return line
-
-
-def is_done(rule, place):
-    """Does a rule of Stream.state() know the line at a place as done with?"""
-    _, shard, line = place
-    return place < rule["next"][(shard + line) % len(rule["next"])] and place not in rule["pending"]
-
-
-def rules_of(state):
-    """Those of Stream.state(), in which JSON has made lists of the places."""
-    return [{key: [tuple(place) for place in places] for key, places in rule.items()} for rule in state["rules"]]
+        row = json.loads(row) if isinstance(row, str) else row
+        row = {key.lower(): value for key, value in row.items() if value is not None}
+        url, content = row.get("url", "").strip(), row.get("picture")
+        caption = next(row[key] for key in ("caption", "text", "prompt") if key in row).strip()
+        caption.encode()  # fails on half a surrogate pair, which no text encoder can read
+        score = float(row.get("aesthetic_score", row.get("aesthetic", 0)))
+        side = min(float(row.get(key, math.inf)) for key in ("width", "height"))
+    except (StopIteration, AttributeError, TypeError, ValueError, OverflowError, RecursionError):
+        raise Refused("broken row") from None
+    if not caption or not (url or isinstance(content, bytes)):
+        raise Refused("broken row")
+    if min_score and not score >= min_score:  # also refuses NaN
+        raise Refused("low score")
+    if side < min_side:
+        raise Refused("too small")
+    return url, caption, content if isinstance(content, bytes) else None
 
 
 class Stream:
-    """Captioned pictures from metadata shards, as training asks for them.
+    """Captioned pictures from metadata shards, without end: pass after pass over all shards, shuffled in each pass.
 
-    A line's place is (turn, shard, line): which pass over the shards, in that pass's order, and the line in it. Of
-    `world` processes number `rank` reads those with (shard + line) % world == rank. `counts` says what became of all
-    lines that are done with, by kind: "fetched", "from the cache" or why not. state() and restore() know which lines
-    those are, for any number of processes. The main thread alone knows lines and counts; the others take a line and
-    put what came of it into `arrived`. Lines of a batch are done with once settle() says that its step was made. Used
-    with `with`, which ends its threads and gives the memory back. Raises Exhausted where a whole pass over the shards
-    gives no picture, and Starved where none has come when stop() says that it is time to end.
+    Row i of file f belongs to the process with (f + i) % world == rank, in every pass, so that its picture is in that
+    process's cache. Threads load a window of rows at once, but pictures are handed out in the order of the rows. One
+    place (pass, shard within the pass's order, row) is therefore all that a checkpoint needs: all before it is done.
+    `counts` has the number of rows by outcome: "fetched", "from the cache", or the reason of a refusal.
     """
 
     def __init__(self, config):
         self.config, self.rank, self.world = config, common.rank(), common.world()
         self.names = sorted(glob.glob(config.stream, recursive=True))
-        strangers = [name for name in self.names if not name.endswith((".jsonl", ".parquet", ".tar"))]
-        if strangers or not self.names:
-            what = f"{strangers[0]} is no shard" if strangers else f"no shards at {config.stream}"
+        unknown = [name for name in self.names if not name.endswith((".jsonl", ".parquet", ".tar"))]
+        if unknown or not self.names:
+            what = f"{unknown[0]} is no shard" if unknown else f"no shards at {config.stream}"
             raise UserError(f"{what}; name .jsonl, .parquet or .tar files, e.g. --stream 'shards/*.jsonl'")
-        bytes_max = int(1e6 * config.max_mb)
-        self.fetch = Fetcher(config.schemes, config.private_hosts, config.timeout, bytes_max, config.retries)
-        self.pool, self.cache = None, None
-        # What is under way: enough that the threads have work while a step is computed, and no more.
-        self.window = 2 * config.threads + 2 * config.batch_size // (config.grad_accum * self.world)
-        self.pending, self.arrived, self.taken = {}, queue.SimpleQueue(), []
-        self.stop = lambda: False  # for train() to say
-        # How many requests each host has, and what waits for one of them to end; for whoever has the lock.
-        self.busy, self.waiting = collections.Counter(), collections.defaultdict(collections.deque)
-        self.lock = threading.Lock()
-        self.counts, self.rules = collections.Counter(), []
-        self.lines, self.next, self.good_turn = self.walk(0, 0, 0), (0, 0, 0), -1
+        Image.init()  # loads Pillow's formats, before several threads would at the same time
+        self.pool = concurrent.futures.ThreadPoolExecutor(config.threads)
+        self.cache = Cache(int(1e9 * config.cache_gb) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        self.gates, self.lock = weakref.WeakValueDictionary(), threading.Lock()  # host -> semaphore while one needs it
+        # Rows under way: enough that the threads have work during a step, few enough to fit into memory.
+        self.window = 4 * config.threads + 2 * config.batch_size // (config.grad_accum * self.world)
+        self.stop = lambda: False  # train() replaces it: does the run have to end?
+        self.start((0, 0, 0), {}, good_pass=-1)
 
-    def __enter__(self):
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # smaller ones are refused
-        Image.init()  # Pillow's formats, before threads would meet in loading them
-        self.pool = concurrent.futures.ThreadPoolExecutor(self.config.threads)
-        if self.config.cache_gb:
-            memory = Path("/dev/shm") if os.path.isdir("/dev/shm") else Path(tempfile.gettempdir())
-            run = Path(self.config.out or "runs/dit_t2i").resolve()
-            name = hashlib.sha256(f"{run} {Path.home()}".encode()).hexdigest()[:16]
-            local = [int(os.environ.get(f"LOCAL_{key}", other)) for key, other in (("RANK", 0), ("WORLD_SIZE", 1))]
-            self.cache = Cache(memory / f"dit_t2i-{name}", int(1e9 * self.config.cache_gb), *local)
-        return self
+    def start(self, place, counts, good_pass):
+        """Go on from a place. good_pass: the last pass that is known to have given a picture."""
+        self.place, self.counts, self.good_pass = place, collections.Counter(counts), good_pass
+        self.rows, self.ahead = self.walk(*place), collections.deque()
+        self.commit()
 
-    def __exit__(self, *problem):
-        self.fetch.stopped.set()
-        try:
-            self.pool.shutdown(wait=True, cancel_futures=True)
-        finally:  # even if somebody has no patience with the last fetches
-            if self.cache:
-                self.cache.clear()
+    def walk(self, first_pass, shard, first_row):
+        """(the place after it, row) of each of this process's rows from a place on, without end."""
+        for number in itertools.count(first_pass):
+            order, found = list(range(len(self.names))), False
+            random.Random(f"{self.config.seed} {number}").shuffle(order)
+            while shard < len(order):
+                file = order[shard]
+                for i, row in enumerate(read_shard(self.names[file])):
+                    if i >= first_row and (file + i) % self.world == self.rank:
+                        found = True
+                        yield (number, shard, i + 1), row
+                shard, first_row = shard + 1, 0
+            if not found and number > first_pass:
+                raise UserError(f"{self.config.stream} has no rows for process {self.rank + 1} of {self.world}")
+            shard = 0
 
-    # -- which lines --
-
-    def numbered(self, name):
-        """(number, row) of a shard's lines, as far as it can be read; one that is broken is counted."""
-        try:
-            yield from enumerate(read_shard(name))
-        except Refused as problem:
-            self.counts[problem.kind] += 1
-
-    def walk(self, turn, shard, line):
-        """(place, row) of this process's lines from a place on, without end, but for those that are done with."""
-        while True:
-            order, empty = common.epoch_order(self.config.seed, turn, len(self.names)), True
-            while shard < len(self.names):
-                for number, row in self.numbered(self.names[order[shard]]):
-                    if number >= line and (shard + number) % self.world == self.rank:
-                        empty = False
-                        if not any(is_done(rule, (turn, shard, number)) for rule in self.rules):
-                            yield (turn, shard, number), row
-                shard, line = shard + 1, 0
-            if empty and turn > self.good_turn + 1:
-                if self.counts["broken shard"]:
-                    raise self.exhausted()
-                raise UserError(f"{self.config.stream} holds fewer lines than there are processes")
-            turn, shard = turn + 1, 0
-
-    def state(self):
-        """What a checkpoint keeps, of all processes, which must all call it: JSON.
-
-        A rule says what is done: "next" has, for each process of that time, the place up to which its lines are, and
-        "pending" those before it that are not. {"next": [(0, 3, 9), (0, 3, 6)], "pending": [(0, 3, 4)]}: the first of
-        two processes is through with its lines up to line 9 of shard 3, the second up to line 6, but for line 4. Four
-        processes may be followed by one and that by three; what the four had done beyond the point that the one has
-        reached is still theirs to say.
-        """
-        told = common.all_gather_objects((self.next, [*self.pending, *self.taken], self.counts))
-        pending = [place for _, places, _ in told for place in places]
-        rule = {"next": [place for place, _, _ in told], "pending": pending}
-        older = [old for old in self.rules if max(old["next"]) > min(rule["next"])]
-        return {"rules": [rule, *older], "counts": dict(sum((counts for *_, counts in told), collections.Counter()))}
-
-    def restore(self, state):
-        """Go on where state() was: the lines that it knows as done are not read again, all others are."""
-        self.rules = rules_of(state)
-        self.counts = collections.Counter(state["counts"] if self.rank == 0 else {})
-        self.next = min(self.rules[0]["next"] + self.rules[0]["pending"])  # before it, nothing is left to do
-        self.lines, self.good_turn = self.walk(*self.next), self.next[0]
-
-    # -- what comes of them --
-
-    def fill(self):
-        """Have threads fetch lines until as many are under way as may be."""
-        while len(self.pending) < self.window:
-            place, row = next(self.lines)
-            self.next = (*place[:2], place[2] + 1)
-            try:
-                line = understand(row)
-                if self.config.min_score and not (line.score or 0) >= self.config.min_score:
-                    raise Refused("low score")
-                if line.side is not None and line.side < self.config.min_side:
-                    raise Refused("too small")
-            except Refused as problem:
-                self.count(problem.kind)
-                if self.stop():
-                    raise Starved from None
-                continue
-            self.pending[place] = None
-            with self.lock:
-                if line.host and self.busy[line.host] >= self.config.per_host:
-                    self.waiting[line.host].append((place, line))
-                    continue
-                self.busy[line.host] += 1
-            self.pool.submit(self.work, place, line)
-
-    def work(self, place, line):
-        """In a thread: make a picture of a line, then see to the next one of the same host."""
-        try:
-            size = self.config.image_size
-            key = f"{size} {self.config.min_side} {line.url}"
-            kept = self.cache.get(key) if self.cache and line.picture is None else None
-            if kept and len(kept) == 3 * size * size:
-                kind, picture = "from the cache", np.frombuffer(kept, np.uint8).reshape(size, size, 3)
-            else:
-                content = self.fetch(line.url) if line.picture is None else line.picture
-                kind, picture = "fetched", decode_picture(content, size, self.config.min_side)
-                if self.cache and line.picture is None:
-                    self.cache.put(key, picture.tobytes())
-        except Refused as problem:
-            kind, picture = problem.kind, None
-        except Exception as problem:  # ours to hear of, in the main thread
-            kind, picture = problem, None
-        self.arrived.put((place, kind, picture, line.caption))
+    def load(self, row):
+        """In a thread: (outcome, (S, S, 3) uint8, caption) of a row. Raises Refused."""
+        config = self.config
+        url, caption, content = parse_row(row, config.min_score, config.min_side)
+        if content is not None:
+            return "fetched", decode_picture(content, config.image_size, config.min_side), caption
+        if (picture := self.cache.get(url)) is not None:
+            return "from the cache", picture, caption
+        host = url.partition("://")[2].partition("/")[0].lower()
         with self.lock:
-            if not self.waiting[line.host]:
-                self.busy[line.host] -= 1
-                if not self.busy[line.host]:  # hosts are many; none is remembered
-                    del self.busy[line.host], self.waiting[line.host]
-                return
-            following = self.waiting[line.host].popleft()
-        with contextlib.suppress(RuntimeError):  # the pool is shut down
-            self.pool.submit(self.work, *following)
-
-    def count(self, kind):
-        """One more that gave no picture. Raises Exhausted if that is true of a whole pass."""
-        self.counts[kind] += 1
-        oldest = next(iter(self.pending))[0] if self.pending else self.next[0]
-        if oldest > self.good_turn + 1:
-            raise self.exhausted()
-
-    def exhausted(self):
-        """The error that a whole pass gave no picture, with the commonest reasons."""
-        what = ", ".join(f"{count:,} {kind}" for kind, count in self.counts.most_common(4))
-        share = f" (for process {self.rank + 1} of {self.world})" if self.world > 1 else ""
-        return Exhausted(f"a whole pass over {self.config.stream} gave no picture{share}: {what}")
+            gate = self.gates.setdefault(host, threading.Semaphore(config.per_host))
+        with gate:
+            content = fetch(url, config.timeout, int(1e6 * config.max_mb), config.private_hosts)
+        picture = decode_picture(content, config.image_size, config.min_side)
+        self.cache.put(url, picture)
+        return "fetched", picture, caption
 
     def sample(self):
-        """The next picture that is there, in whatever order: (its line's place, (S, S, 3) uint8, its caption)."""
-        while True:
-            self.fill()
+        """The next row's (S, S, 3) uint8 and caption. Raises Starved once stop() is true, and UserError if a whole pass
+        gave no picture."""
+        while not self.stop():
+            while len(self.ahead) < self.window:
+                place, row = next(self.rows)
+                self.ahead.append((place, self.pool.submit(self.load, row)))
+            place, task = self.ahead[0]
+            if not concurrent.futures.wait([task], timeout=0.5).done:
+                continue
             try:
-                place, kind, picture, caption = self.arrived.get(timeout=1.0)
-            except queue.Empty:
-                if self.stop():
-                    raise Starved from None
-                continue
-            if isinstance(kind, Exception):
-                raise kind
-            del self.pending[place]
-            if picture is None:
-                self.count(kind)
-                continue
+                kind, picture, caption = task.result()
+            except Refused as problem:
+                kind, picture = problem.kind, None
+            if picture is None and place[0] > self.good_pass + 1:
+                reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.counts.most_common(4))
+                raise UserError(f"a whole pass over {self.config.stream} gave no picture: {reasons}")
+            self.ahead.popleft()
+            self.place = place
             self.counts[kind] += 1
-            self.good_turn = max(self.good_turn, place[0])  # the last pass over the shards that gave a picture
-            return place, picture, caption
-
-    def settle(self):
-        """The step has been made that all batches so far were for."""
-        self.taken.clear()
+            if picture is not None:
+                self.good_pass = place[0]
+                return picture, caption
+        raise Starved
 
     def batch(self, index, draw):
         """As many samples as `index` is long: (B, 3, S, S) in [-1, 1], captions."""
-        pictures, captions = [], []
-        for _ in index:
-            place, picture, caption = self.sample()
-            self.taken.append(place)
-            pictures.append(picture)
-            captions.append(caption)
+        pictures, captions = zip(*(self.sample() for _ in index))
         x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 127.5 - 1
         return common.mirror_some(x, self.config.flip, draw), list(captions)
 
+    def commit(self):
+        """To be called after an optimizer step: the rows handed out so far are done, and a checkpoint may say so."""
+        self.committed = {"place": self.place, "counts": dict(self.counts)}
+
+    def state_dict(self):
+        """This process's place and counts, for JSON; a checkpoint keeps a list of those of all processes."""
+        return self.committed
+
+    def load_state_dict(self, states):
+        """Go on from a checkpoint's list of states. As many processes as then go on where each was; another number of
+        them from the least place, so that some rows come again and none is lost."""
+        places = [tuple(state["place"]) for state in states]
+        place = places[self.rank] if len(places) == self.world else min(places)
+        totals = sum((collections.Counter(state["counts"]) for state in states), collections.Counter())
+        self.start(place, totals if self.rank == 0 else {}, good_pass=place[0])
+
+    def close(self):
+        """Drop what waits for a thread; the threads end with the fetches that they are at."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
     def captions(self, most):
-        """The first ones in the shards, to learn words from and to draw while training."""
+        """The first ones in the shards, to learn words from and to sample while training."""
         found = []
-        for name in self.names:
-            with contextlib.suppress(Refused):  # a shard that is broken
-                for row in read_shard(name):
-                    with contextlib.suppress(Refused):  # a line that is
-                        found.append(understand(row).caption)
-                    if len(found) == most:
-                        return found
+        for row in itertools.chain.from_iterable(map(read_shard, self.names)):
+            with contextlib.suppress(Refused):
+                found.append(parse_row(row)[1])
+            if len(found) == most:
+                break
         return found
 
     def __len__(self):
-        """Shards, whose pictures nobody has counted."""
+        """The number of shards; nobody has counted the rows."""
         return len(self.names)
 
     def checksum(self):
@@ -1645,7 +1426,7 @@ def train(config):
             raise UserError(f"the run in {run.folder} did not begin with other weights; leave --from out")
         run.config = dataclasses.replace(run.config, start=began_with)  # for the next checkpoint to tell
         if config.stream:
-            data.restore(header["stream"])
+            data.load_state_dict(header["stream"])
     if config.stream:
         data.stop = run.should_end
     if common.worth_compiling(config, device):
@@ -1682,7 +1463,7 @@ def train(config):
                 costs.append(flow_loss(config, ema, x, text, draws(3, device=device))[0])
         return torch.cat(costs).mean().item()
 
-    with run.clock(), data if config.stream else contextlib.nullcontext():
+    with run.clock(), contextlib.closing(data) if config.stream else contextlib.nullcontext():
         while not run.done:
             costs, times, draws = [], [], functools.partial(Draw, config.batch_size, config.seed, run.step)
             # A stream gives what comes next, whatever it is asked for.
@@ -1698,19 +1479,16 @@ def train(config):
                     times.append(t)
                 common.optimizer_step(config, run, model, ema, optimizer, scaler, torch.cat(costs), torch.cat(times))
                 if config.stream:
-                    data.settle()
-            except Starved:  # due() will say that this is the end; a step that was not made leaves no trace
+                    data.commit()
+            except Starved:  # the run has to end, as due() finds below; the step is not made and its rows are not done
                 pass
-            except Exhausted:  # such as for want of a network, for which no step should be lost
-                if common.world() == 1:
-                    run.save(model, ema, optimizer, scaler, also={"stream": data.state()})
-                raise
 
             pictures, checkpoint = run.due()
             if checkpoint and config.stream:
-                told = data.state()
-                run.bar.write(f"step {run.step}: " + ", ".join(f"{n:,} {kind}" for kind, n in told["counts"].items()))
-                run.save(model, ema, optimizer, scaler, also={"stream": told})
+                states = common.all_gather_objects(data.state_dict())
+                counts = sum((collections.Counter(state["counts"]) for state in states), collections.Counter())
+                run.bar.write(f"step {run.step}: " + ", ".join(f"{n:,} {kind}" for kind, n in counts.items()))
+                run.save(model, ema, optimizer, scaler, also={"stream": states})
             elif checkpoint:
                 run.save(model, ema, optimizer, scaler, held_out_loss())
             if pictures:

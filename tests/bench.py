@@ -4,6 +4,7 @@ Run it on a quiet machine. Nothing here is a test: timings vary, ratios less so.
 """
 
 import concurrent.futures
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -602,7 +603,7 @@ def bench_stream(device):
             for threads in (1, 16):
                 config = dit_t2i.Config(stream=names, image_size=256, threads=threads, per_host=threads, cache_gb=0.0)
                 config.private_hosts = True
-                with dit_t2i.Stream(config) as stream:
+                with contextlib.closing(dit_t2i.Stream(config)) as stream:
                     for _ in range(5 * threads):
                         stream.sample()
                     start, count = time.perf_counter(), 60 * threads

@@ -254,26 +254,31 @@ def things_seen(rgb, names, rgba):
 
 
 @dataclasses.dataclass
-class EvaluateConfig(dit_t2i.DrawConfig):
+class EvaluateConfig(common.LoadConfig):
     """Options of evaluate."""
 
     num: int = option(1, "pictures of each pair", low=1)
-    out: str = option("samples/dit_t2i_unseen.png", "sheet of all pairs, a row for each thing", picture="still")
+    steps: int = option(28, "steps from noise to picture", low=1)
+    cfg: float | None = option(None, "guidance (default: the weights')", low=0.0)
+    precision: str = option("auto", "of matrix products", choices=("auto", "fp32", "bf16", "fp16"))
+    out: str = option("samples/dit_t2i_unseen.png", "sheet of all pairs, a row for each thing", picture=True)
 
 
 def evaluate(options):
     """Sample each thing of HELD_OUT in each colour of HUES, and measure how many pictures are right."""
     device = common.pick_device(options.device)
-    model, config, header = dit_t2i.load_model(common.find_weights(options.weights, "dit_t2i"), device)
-    encoder, vae = dit_t2i.load_partners(options, config, header)
+    model, config = dit_t2i.load_model(common.find_weights(options.weights, "dit_t2i"), device)
     names, rgba = all_emoji(config.image_size)
-    options = dataclasses.replace(options, cfg=config.cfg if options.cfg is None else options.cfg)
     pairs = [(colour, thing) for thing in HELD_OUT for colour in HUES]
-    text = encoder([f"a {colour} {thing}" for colour, thing in pairs])
-    channels, size = header["latent"]
-    latents = dit_t2i.sample(model, options, text, encoder([""]), (channels, size, size), apart=options.num)
-    rgb = dit_t2i.to_rgb(vae, latents).cpu()
-    common.save_picture(common.make_grid(common.to_uint8(rgb), len(HUES) * options.num), options.out)
+    prompts = [f"a {colour} {thing}" for colour, thing in pairs]
+    settings = {
+        "steps": options.steps,
+        "cfg": options.cfg,
+        "seed_stride": options.num,
+    }  # noise of its own for each pair
+    settings["precision"] = common.pick_precision(options.precision, device)
+    rgb = dit_t2i.sample(model, config, prompts, options.num, **settings)
+    common.save_picture(common.make_grid(rgb, len(HUES) * options.num), options.out)
     wanted = [pair for pair in pairs for _ in range(options.num)]
     hues = sum(seen == colour for seen, (colour, _) in zip(colour_seen(rgb), wanted))
     things = sum(seen == thing for seen, (_, thing) in zip(things_seen(rgb, names, rgba), wanted))
@@ -292,7 +297,7 @@ COMMANDS = {
 
 def main(argv=None):
     """The command line: the words after the file's name, or sys.argv's; returns the exit code."""
-    return common.run_command_line(__doc__, COMMANDS, argv)
+    return common.run_command_line("emoji", __doc__, COMMANDS, argv)
 
 
 if __name__ == "__main__":

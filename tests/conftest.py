@@ -1,11 +1,10 @@
 import os
 import random
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # one of two processes, which have a core each; torch looks when it is loaded
+if "PYTEST_XDIST_WORKER" in os.environ:  # two processes with a core each; torch reads this when it is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
@@ -15,24 +14,26 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import common
-import dit_t2i
-import jit_lab
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / "fixtures"
-# A model and a run so small that a test takes a second or two.
+ENVIRONMENT = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+# A JiT so small that a run takes a second or two.
 TINY = dict(image_size=16, patch_size=4, hidden_size=32, depth=2, num_heads=2, bottleneck_dim=8)
 TINY_FLAGS = [word for k, v in TINY.items() for word in ("--" + k.replace("_", "-"), str(v))]
 
 
 @pytest.fixture
 def tiny_config():
+    import jit_lab
+
     return lambda **changes: jit_lab.Config(**(TINY | changes))
 
 
 @pytest.fixture
 def awake_model():
-    """A tiny JiT whose every weight is random: nothing is zero, so nothing is hidden behind a closed gate."""
+    """A tiny JiT whose weights are all random: no gate is zero and hides what lies behind it."""
+    import jit_lab
 
     def make(config, seed=0):
         torch.manual_seed(seed)
@@ -63,9 +64,11 @@ def folder(tmp_path):
 @pytest.fixture
 def partners(tmp_path):
     """A tiny VAE and a tiny CLIP with the published tokenizer, as files: (VAE, folder of CLIP)."""
-    torch.manual_seed(0)
-    vae = common.AutoencoderKL(widths=(32, 32, 32, 32))
-    save_file(vae.state_dict(), tmp_path / "vae.safetensors")
+    import shutil
+
+    import dit_t2i
+
+    save_file(common.AutoencoderKL(widths=(32, 32, 32, 32)).state_dict(), tmp_path / "vae.safetensors")
     clip = dit_t2i.ClipTextEncoder(dim=64, hidden=64, depth=1)
     folder = tmp_path / "clip"
     folder.mkdir()
@@ -79,34 +82,25 @@ def command(tmp_path):
     """Run a model file's command line as a user would, in an empty folder: (exit code, stdout, stderr)."""
 
     def run(*words, file="jit_lab.py", prefix=(), **options):
-        words = [str(word) for word in words]
+        words = [*prefix, sys.executable, ROOT / file, *words]
         environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
         done = subprocess.run(
-            [*prefix, sys.executable, str(ROOT / file), *words],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            **options,
+            list(map(str, words)), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, **options
         )
         return done.returncode, done.stdout, done.stderr
 
     return run
 
 
-ALL_MARKS = common.MARKS
-
-
 @pytest.fixture(autouse=True)
-def pictures_at_the_end_alone(monkeypatch):
-    """In place of six times in a run, which takes longer than a tiny model's training; `all_marks` undoes it."""
+def pictures_at_the_end_only(monkeypatch):
+    """In place of six times in a run, which takes longer than the training of a tiny model."""
     monkeypatch.setattr(common, "MARKS", (1.0,))
 
 
 @pytest.fixture
-def all_marks(monkeypatch):
-    monkeypatch.setattr(common, "MARKS", ALL_MARKS)
+def all_marks(monkeypatch, marks=common.MARKS):
+    monkeypatch.setattr(common, "MARKS", marks)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""CLIP's tokenizer and text encoder, against transformers' and against files that are broken or someone else's."""
+"""CLIP's tokenizer and text encoder against transformers', and files that are broken or of other models."""
 
 import gzip
 import json
@@ -75,55 +75,16 @@ def oracle_ids(oracle, texts):
 
 
 def varied_texts(count, seed):
-    """Strings of everything that a caption may hold, and of much that it should not."""
+    """Strings of what a caption may hold, and of much that it should not."""
     rng = random.Random(seed)
     scripts = [range(0x370, 0x400), range(0x400, 0x530), range(0x590, 0x600), range(0x600, 0x700), range(0x900, 0x980)]
     scripts += [range(0xE00, 0xE60), range(0x1100, 0x1200), range(0x3040, 0x3100), range(0x4E00, 0x5200)]
     scripts += [range(0xAC00, 0xAE00), range(0x1F600, 0x1F640), range(0x1D400, 0x1D600), range(0x2150, 0x2190)]
     scripts += [range(0xC0, 0x250), range(0x1E00, 0x1F00), range(0x1F00, 0x2000), range(0xFF00, 0xFFEF)]
     scripts = [[chr(c) for c in script if unicodedata.category(chr(c)) != "Cn"] for script in scripts]
-    words = [
-        "a",
-        "photo",
-        "cat",
-        "Hello",
-        "WORLD",
-        "anime",
-        "girl,",
-        "(blue",
-        "eyes:1.3)",
-        "8k",
-        "naïve",
-        "Σίσυφος",
-        "ΣΑΣ",
-    ]
-    words += [
-        "<|endoftext|>",
-        "<|startoftext|>",
-        "İstanbul",
-        "straße",
-        "ﬁne",
-        "\u212ang",
-        "x_y",
-        "http://a.b/c?d=1&amp;e",
-    ]
-    contractions = [
-        "'s",
-        "'t",
-        "'re",
-        "'ve",
-        "'m",
-        "'ll",
-        "'d",
-        "'S",
-        "'RE",
-        "'Ll",
-        "'x",
-        "''s",
-        "\u2019s",
-        "'",
-        "s't've",
-    ]
+    words = "a photo cat Hello WORLD anime girl, (blue eyes:1.3) 8k naïve Σίσυφος ΣΑΣ <|endoftext|> <|startoftext|>"
+    words = [*words.split(), *"İstanbul straße ﬁne \u212ang x_y http://a.b/c?d=1&amp;e".split()]
+    contractions = "'s 't 're 've 'm 'll 'd 'S 'RE 'Ll 'x ''s \u2019s ' s't've".split()
     spaces = [" ", "  ", "\t", "\n", "\r\n", "\u00a0", "\u2003", "\u3000", "\x85", "\u2028", "\u200b", "\x0b", ""]
     emoji = ["👩\u200d👩\u200d👧", "👍🏽", "🏳️\u200d🌈", "🇩🇪", "❤️", "🧑🏿\u200d🚀"]
     marks = [chr(c) for c in range(0x300, 0x370)] + ["\u0323", "\u3099", "\u0cc6\u0cc2", "\u1161", "\u11a8", "\u0338"]
@@ -147,12 +108,12 @@ def varied_texts(count, seed):
 
 
 def test_ids_equal_transformers_on_varied_texts(tokenizer, oracle):
-    texts = list(varied_texts(12_000, seed=0))
+    texts = list(varied_texts(4000, seed=0))
     ours, theirs = tokenizer(texts), oracle_ids(oracle, texts)
-    assert ours.dtype == torch.int64 and ours.shape == (12_000, 77)
+    assert ours.dtype == torch.int64 and ours.shape == (4000, 77)
     wrong = [ascii(text) for text, same in zip(texts, (ours == theirs).all(dim=1)) if not same]
     assert not wrong, f"{len(wrong)} differ: {wrong[:5]}"
-    assert sum(tokenizer.overflow(text) > 0 for text in texts) > 100  # the cut was among the things compared
+    assert sum(len(tokenizer.encode(text)) > 75 for text in texts) > 30  # the cut was compared, too
 
 
 def test_ids_equal_transformers_on_every_assigned_code_point(tokenizer, oracle):
@@ -166,16 +127,10 @@ def test_ids_equal_transformers_on_every_assigned_code_point(tokenizer, oracle):
 def test_known_ids(tokenizer):
     assert tokenizer(["a photo of a cat"])[0].tolist() == [START, 320, 1125, 539, 320, 2368] + [END] * 71
     assert tokenizer([""])[0].tolist() == [START] + [END] * 76
+    assert (tokenizer(["cat " * 75, "cat " * 500]) == torch.tensor([START] + [2368] * 75 + [END])).all()  # cut
     assert tokenizer.encode("a<|endoftext|>b") == [320, END, 321]
     assert tokenizer([]).shape == (0, 77)
     assert tokenizer.encode("\ud83d") == tokenizer.encode("?")  # half an emoji, as broken JSON has it
-
-
-def test_long_text_is_cut_before_its_end_token(tokenizer):
-    ids = tokenizer(["cat " * 75, "cat " * 76, "cat " * 500])
-    assert ids[:, 0].tolist() == [START] * 3 and ids[:, -1].tolist() == [END] * 3
-    assert (ids[:, 1:-1] == 2368).all()
-    assert [tokenizer.overflow("cat " * n) for n in (0, 74, 75, 76, 500)] == [0, 0, 0, 1, 425]
 
 
 @pytest.fixture
@@ -189,69 +144,40 @@ def test_every_published_form_gives_the_same_ids(tokenizer, tokenizer_json, publ
     texts = list(varied_texts(300, seed=1))
     content = json.loads(tokenizer_json.read_text("utf-8"))
     assert isinstance(content["model"]["merges"][0], list)
-    old = tmp_path / "old"
+    old = tmp_path / "old"  # with merges as "a b", as files were written before 2024
     old.mkdir()
     content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
     (old / "tokenizer.json").write_text(json.dumps(content), "utf-8")
-    pipeline = tmp_path / "pipeline"
-    (pipeline / "text_encoder").mkdir(parents=True)
-    (pipeline / "tokenizer").mkdir()
-    (pipeline / "tokenizer" / "merges.txt").write_text(merges_text.replace("\n", "\r\n"), "utf-8", newline="")
-    (old / "model.safetensors").touch()
-    forms = [tokenizer_json, tokenizer_json.parent, old, old / "model.safetensors", pipeline, pipeline / "text_encoder"]
-    openai = tmp_path / "openai.txt.gz"  # OpenAI's own file has another first line, and more merges than were used
+    openai = tmp_path / "openai" / "merges.txt.gz"  # another first line, and more merges than are used
+    openai.parent.mkdir()
     lines = ['"bpe.txt#version: 0.2', *merges_text.splitlines()[1:], "some thing</w>", "never used</w>", ""]
-    openai.write_bytes(gzip.compress("\n".join(lines).encode()))
-    forms += [openai]
-    forms += [str(FIXTURES / "clip_merges.txt.gz"), published / "vocab.json", published / "merges.txt"]
+    openai.write_bytes(gzip.compress("\r\n".join(lines).encode()))
+    (openai.parent / "model.safetensors").touch()
+    forms = [tokenizer_json, tokenizer_json.parent, old, openai, openai.parent / "model.safetensors"]
+    forms += [str(published), published / "vocab.json", published / "merges.txt"]
     expected = tokenizer(texts)
     for form in forms:
         assert torch.equal(ClipTokenizer(form)(texts), expected), form
 
 
-def test_missing_or_broken_tokenizer_files_are_one_line(tmp_path, published, tokenizer_json, merges_text):
-    def write(name, text):
-        folder = tmp_path / f"case{len(list(tmp_path.iterdir()))}"
-        folder.mkdir()
-        (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-        return folder
-
-    files = ("merges.txt", "vocab.json", "tokenizer.json", "openai/clip-vit-large-patch14")
-    one_line(lambda: ClipTokenizer(tmp_path), tmp_path, *files)
-    one_line(lambda: ClipTokenizer(tmp_path / "nowhere"), "nowhere", *files)
-    one_line(lambda: ClipTokenizer(write("vocab.json", "{}")), *files)
-    one_line(lambda: ClipTokenizer(write("vocab.json", "{}") / "vocab.json"), "merges.txt")
-    one_line(lambda: ClipTokenizer(write("merges.txt", "")), "merges.txt")
-    one_line(lambda: ClipTokenizer(write("merges.txt", b"\xff\xfe\x00")), "merges.txt")
-    one_line(lambda: ClipTokenizer(write("merges.txt", "a b c\n" * 9)), "merges.txt")
-    one_line(lambda: ClipTokenizer(write("merges.txt", merges_text[:300_001])), "merges.txt")
-    half = "".join(merges_text.splitlines(keepends=True)[:30_000])
-    one_line(lambda: ClipTokenizer(write("merges.txt", half)), "29999 merges")
-    one_line(
-        lambda: ClipTokenizer(write("merges.txt.gz", gzip.compress(merges_text.encode())[:99_999])), "merges.txt.gz"
-    )
-    damaged = bytearray((FIXTURES / "clip_merges.txt.gz").read_bytes())
-    damaged[5000:5100] = bytes(100)
-    one_line(lambda: ClipTokenizer(write("merges.txt.gz", bytes(damaged))), "merges.txt.gz")
-    one_line(lambda: ClipTokenizer(write("tokenizer.json", tokenizer_json.read_bytes()[:999_999])), "tokenizer.json")
-    for content in ({}, [], {"model": {"type": "Unigram", "vocab": [["a", -1.0]]}, "added_tokens": []}):
-        one_line(lambda content=content: ClipTokenizer(write("tokenizer.json", json.dumps(content))), "tokenizer.json")
-
-    vocabulary = json.loads((published / "vocab.json").read_text("utf-8"))
-    folder = write("merges.txt", half)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary), "utf-8")
-    one_line(lambda: ClipTokenizer(folder), "29999 merges")
-    folder = write("merges.txt", merges_text)
-    del vocabulary["jekyll</w>"]
-    (folder / "vocab.json").write_text(json.dumps(vocabulary), "utf-8")
-    one_line(lambda: ClipTokenizer(folder), "jekyll</w>")
+def test_missing_or_broken_tokenizer_files_are_one_line(tmp_path, tokenizer_json, merges_text):
+    one_line(lambda: ClipTokenizer(tmp_path), tmp_path, "merges.txt", "openai/clip-vit-large-patch14")
+    one_line(lambda: ClipTokenizer(tmp_path / "nowhere"), "nowhere", "merges.txt", "openai/clip-vit-large-patch14")
+    broken = [
+        ("merges.txt", text) for text in (b"", b"\xff\xfe\x00", merges_text[:300_001].encode(), b"a b c\n" * 50_000)
+    ]
+    broken += [("merges.txt.gz", gzip.compress(merges_text.encode())[:99_999])]
+    broken += [("tokenizer.json", text) for text in (tokenizer_json.read_bytes()[:999_999], b"{}", b"[]")]
+    for name, content in broken:
+        (tmp_path / name).write_bytes(content)
+        one_line(lambda name=name: ClipTokenizer(tmp_path / name), tmp_path / name)
 
 
 # Text encoder
 
 
 def scramble(model, seed=0):
-    """Random weights under which states are O(1), attention is peaked, and no bias or gain is idle."""
+    """Random weights with which states are O(1), attention is peaked, and every bias and gain has an effect."""
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -297,7 +223,7 @@ def test_full_size_equals_transformers(full_size, tokenizer, oracle):
     assert plain.std() > 0.5
     assert (ours(ids) - plain).abs().max() < 1e-4
     assert (ours(ids, mask_padding=True) - masked).abs().max() < 1e-4
-    # The mask is no empty gesture: it changes the padding, and nothing else.
+    # The mask changes the padding, and nothing else.
     text = attention_mask.bool()
     assert (plain - masked)[~text].abs().max() > 0.1 and (plain - masked)[text].abs().max() < 1e-4
     assert not ours(ids).requires_grad and ours(ids).shape == (3, CLIP_LENGTH, 768)
@@ -341,10 +267,8 @@ def test_every_published_layout_loads_alike(small, tmp_path):
     prefixed = {f"text_model.{k}": v for k, v in bare.items()}
     position_ids = {"text_model.embeddings.position_ids": torch.arange(77)[None]}
     vision = {"vision_model.embeddings.position_embedding.weight": torch.ones(5, 5), "logit_scale": torch.tensor(1.0)}
-    vision |= {
-        "vision_model.encoder.layers.0.layer_norm1.weight": torch.ones(5),
-        "text_projection.weight": torch.ones(5),
-    }
+    vision |= {"vision_model.encoder.layers.0.layer_norm1.weight": torch.ones(5)}
+    vision |= {"text_projection.weight": torch.ones(5)}
     layouts = {"bare": bare, "prefixed": prefixed, "old": prefixed | position_ids}
     layouts["whole"] = prefixed | position_ids | vision | {"visual_projection.weight": torch.ones(5)}
     sd = {f"cond_stage_model.transformer.{k}": v for k, v in (prefixed | position_ids).items()}
@@ -363,21 +287,18 @@ def test_every_published_layout_loads_alike(small, tmp_path):
 def test_transformers_own_larger_models_load(small, tmp_path):
     model, _, ids, expected = small
     vision = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
-    for number, whole in enumerate(
-        (
-            CLIPModel(CLIPConfig(text_config=SMALL, vision_config=vision | {"image_size": 32, "patch_size": 16})),
-            CLIPTextModelWithProjection(CLIPTextConfig(**SMALL)),
-        )
-    ):
-        whole.text_model.load_state_dict(model.state_dict())
-        whole.save_pretrained(tmp_path / str(number))
-        assert (ClipTextEncoder.load(tmp_path / str(number))(ids) - expected).abs().max() < 1e-4
+    vision |= {"image_size": 32, "patch_size": 16}
+    whole = CLIPModel(CLIPConfig(text_config=SMALL, vision_config=vision))
+    for larger in (whole, CLIPTextModelWithProjection(CLIPTextConfig(**SMALL))):
+        larger.text_model.load_state_dict(model.state_dict())
+        folder = tmp_path / type(larger).__name__
+        larger.save_pretrained(folder)
+        assert (ClipTextEncoder.load(folder)(ids) - expected).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_weights_become_float32(small, tmp_path, dtype):
+def test_16_bit_weights_become_float32(small, tmp_path):
     model, folder, ids, _ = small
-    half = {k: v.to(dtype) for k, v in load_file(folder / "model.safetensors").items()}
+    half = {k: v.half() for k, v in load_file(folder / "model.safetensors").items()}
     save_file(half, tmp_path / "model.fp16.safetensors")
     model.load_state_dict({k: v.float() for k, v in half.items()})
     with torch.no_grad():
@@ -398,25 +319,14 @@ def test_foreign_and_broken_weights_are_one_line(small, tmp_path):
 
     one_line(lambda: ClipTextEncoder.load(tmp_path), tmp_path, "model.safetensors", "openai/clip-vit-large-patch14")
     one_line(lambda: ClipTextEncoder.load(tmp_path / "nowhere"), "nowhere", "model.safetensors")
-    fails({"encoder.block.0.layer.0.SelfAttention.q.weight": torch.ones(2, 2)}, "no CLIP text encoder")
-    fails({"cond_stage_model.model.token_embedding.weight": torch.ones(2, 2)}, "no CLIP text encoder")
-    fails({"embeddings.token_embedding.weight": torch.ones(2, 2)}, "no CLIP text encoder")
-    fails({k: v.to(torch.float8_e4m3fn) for k, v in bare.items()}, "no CLIP text encoder")
+    fails({"encoder.block.0.layer.0.SelfAttention.q.weight": torch.ones(2, 2)}, "not a readable text encoder")
+    fails({"embeddings.token_embedding.weight": torch.ones(2, 2)}, "not a readable text encoder")
     fails({k: v for k, v in bare.items() if k != "final_layer_norm.bias"}, "final_layer_norm.bias is missing")
     fails({k: v for k, v in bare.items() if "layers.1.layer_norm1" not in k}, "layers.1")
     fails(bare | {"encoder.layers.0.mlp.fc2.bias": torch.ones(7)}, "encoder.layers.0.mlp.fc2.bias")
     fails(bare | {"encoder.layers.0.self_attn.rel.weight": torch.ones(7)}, "is unknown")
     file.write_bytes((folder / "model.safetensors").read_bytes()[:99_999])
     one_line(lambda: ClipTextEncoder.load(file), file)
-    for content in ([1, 2], {"state_dict": None}, {"state_dict": {1: torch.ones(2)}}, {"a": "b"}):
+    for content in ([1, 2], {"state_dict": None}, {"a": "b"}):
         torch.save(content, tmp_path / "file.bin")
         one_line(lambda: ClipTextEncoder.load(tmp_path / "file.bin"), "file.bin")
-    # A later CLIP with the same names and shapes and another activation.
-    config = json.loads((folder / "config.json").read_text())
-    for broken in (
-        json.dumps(config | {"hidden_act": "gelu"}),
-        json.dumps({"text_config": {"hidden_act": "gelu"}}),
-        "{",
-    ):
-        (folder / "config.json").write_text(broken)
-        one_line(lambda: ClipTextEncoder.load(folder), "no CLIP text encoder")

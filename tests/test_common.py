@@ -1,111 +1,19 @@
-"""common.py: the maths against closed forms, the plumbing against broken files."""
+"""common.py: learning rates, averages and optimizers, random numbers, checkpoints, options and errors."""
 
-import io
+import dataclasses
 import math
-import os
-import re
-import warnings
-from html.parser import HTMLParser
+import pickle
+import types
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from PIL import Image
+import toy
+from safetensors.torch import save_file
 
 import common
-from common import UserError
+from common import BatchRng, UserError
 
-# ---- positions ----
-
-
-def test_timestep_embedding_is_cosines_then_sines():
-    t = torch.tensor([0.0, 0.3, 1.0])
-    ours = common.timestep_embedding(t, 256)
-    for b in range(3):
-        for i in range(128):
-            angle = t[b].item() * 10_000 ** (-i / 128)
-            assert ours[b, i].item() == pytest.approx(math.cos(angle), abs=1e-6)
-            assert ours[b, 128 + i].item() == pytest.approx(math.sin(angle), abs=1e-6)
-
-
-def test_timestep_embedding_stays_exact_under_autocast():
-    t = torch.tensor([999.0])
-    exact = common.timestep_embedding(t, 256)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(common.timestep_embedding(t, 256), exact)
-
-
-def test_rope_turns_each_pair_by_its_row_or_column():
-    """Against complex multiplication, one token and one pair at a time: a dropped or swapped axis fails."""
-    x = torch.randn(1, 6, 8)
-    apart = common.unpair(x.transpose(0, -1), 8).transpose(0, -1)
-    assert apart[0, 0].tolist() == x[0, 0, [0, 2, 4, 6, 1, 3, 5, 7]].tolist()
-    ours = common.apply_rope(apart, common.rope_2d(torch.arange(3, 5), torch.arange(1, 4), 8))
-    for n, (row, column) in enumerate((r, c) for r in (3, 4) for c in (1, 2, 3)):
-        for pair in range(4):
-            position = row if pair < 2 else column
-            angle = position * 10_000 ** (-(pair % 2) / 2)
-            turned = complex(*x[0, n, 2 * pair : 2 * pair + 2].tolist()) * complex(math.cos(angle), math.sin(angle))
-            assert ours[0, n, pair].item() == pytest.approx(turned.real, abs=1e-5)
-            assert ours[0, n, pair + 4].item() == pytest.approx(turned.imag, abs=1e-5)
-
-
-@pytest.mark.parametrize("shift", [(5, 0), (0, 5), (7, 3)])
-def test_rope_scores_depend_on_relative_position_only(shift):
-    q, k = torch.randn(2, 12, 16).unbind(0)
-
-    def scores(down, right):
-        rope = common.rope_2d(torch.arange(3) + down, torch.arange(4) + right, 16)
-        return common.apply_rope(q, rope) @ common.apply_rope(k, rope).T
-
-    assert torch.allclose(scores(0, 0), scores(*shift), atol=1e-4)
-    still = common.rope_2d(torch.arange(3), torch.arange(4), 16)
-    moved = common.rope_2d(torch.arange(3) + shift[0], torch.arange(4) + shift[1], 16)
-    one_sided = common.apply_rope(q, moved) @ common.apply_rope(k, still).T
-    assert (one_sided - scores(0, 0)).abs().max() > 0.1
-
-
-def test_plain_attention_equals_the_fused_kernel():
-    q, k, v = torch.randn(3, 2, 4, 100, 32).bfloat16().unbind(0)
-    reference = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
-    assert (common.attention(q, k, v).float() - reference).abs().max() < 0.03
-    assert (common.attention(q.float(), k.float(), v.float()) - reference).abs().max() < 1e-5
-
-
-# ---- flow ----
-
-
-def test_flow_line_goes_from_start_to_end():
-    start, end = torch.randn(2, 3, 3, 4, 4).unbind(0)
-    x = common.flow_point(start, end, torch.tensor([0.0, 0.25, 1.0]))
-    assert torch.equal(x[0], start[0]) and torch.equal(x[2], end[2])
-    assert torch.allclose(x[1], 0.75 * start[1] + 0.25 * end[1])
-
-
-@pytest.mark.parametrize("backwards", [False, True])
-def test_solvers_converge_at_their_order(backwards):
-    """dx/dt = x has x(1) = e x(0): halving the step halves Euler's error and quarters Heun's, both ways in time."""
-    expected = math.exp(-1.0 if backwards else 1.0)
-
-    def error(solver, steps):
-        times = [i / steps for i in range(steps + 1)]
-        x = solver(lambda x, t: x, torch.ones(1, dtype=torch.float64), times[::-1] if backwards else times)
-        return abs(x.item() - expected)
-
-    assert error(common.flow_euler, 100) / error(common.flow_euler, 200) == pytest.approx(2, rel=0.05)
-    # Heun ends on one step of Euler's, which is of second order too when it is taken once.
-    assert error(common.flow_heun, 100) / error(common.flow_heun, 200) == pytest.approx(4, rel=0.05)
-    assert error(common.flow_heun, 100) < error(common.flow_euler, 100) / 10
-
-
-def test_solver_asks_for_the_velocity_at_the_right_times():
-    asked = []
-    common.flow_euler(lambda x, t: asked.append(t) or torch.zeros(1), torch.zeros(1), [0.0, 0.5, 1.0])
-    assert asked == [0.0, 0.5]
-
-
-# ---- optimisation ----
+# ---- optimization ----
 
 
 def test_learning_rate_rises_then_falls():
@@ -117,25 +25,41 @@ def test_learning_rate_rises_then_falls():
     assert factor(1.0) == pytest.approx(0, abs=1e-12)
     assert factor(0.25, decay="linear") == pytest.approx(0.75 / 0.9) and factor(1.0, decay="linear") == 0
     assert factor(0.9, decay="none") == 1 and factor(0.0, 0.0) == 1
-    # From 1 on, the warm-up counts steps.
+    # From 1 on, the warm-up counts steps. The fall then begins at the start of the run.
     assert [factor(0.0, 4, "none", step) for step in range(5)] == [0.25, 0.5, 0.75, 1, 1]
-    # Where the rise ends is not known beforehand then, so the fall has been running from the start, and takes over.
     whole = [factor(step / 20, 10, "linear", step) for step in range(21)]
     assert whole == pytest.approx([min((step + 1) / 10, 1 - step / 20) for step in range(21)])
 
 
+def test_ema_is_the_weighted_sum_of_all_weights_so_far():
+    model, ema = (torch.nn.Linear(64, 1, bias=False, dtype=torch.float64) for _ in range(2))
+    walk = torch.randn(201, 1, 64, dtype=torch.float64).cumsum(dim=0)
+    first = ema.weight.detach().clone()
+    for step in range(1, 201):
+        model.weight.data.copy_(walk[step])
+        common.update_ema(ema, model, step, 0.9)
+    decays = [min(0.9, (1 + step) / (10 + step)) for step in range(201)]
+    expected = math.prod(decays[1:]) * first
+    for step in range(1, 201):
+        expected += (1 - decays[step]) * math.prod(decays[step + 1 :]) * walk[step]
+    torch.testing.assert_close(ema.weight.data, expected)
+    assert decays[1] < 0.2 and decays[-1] == 0.9
+    common.update_ema(ema, model, 201, 0.0)
+    assert torch.equal(ema.weight, model.weight)
+
+
 def test_muon_makes_all_directions_of_a_step_equally_long():
-    """Against U V^T of the gradient's singular value decomposition, from which its five iterations stay within a third;
-    what is no matrix, AdamW steps."""
-    torch.manual_seed(0)
+    """Against U V^T of the gradient's singular value decomposition, of which its five iterations stay within a third;
+    parameters that are no matrix take AdamW's step."""
     model = torch.nn.Linear(24, 40)
     twin = torch.nn.Linear(24, 40)
     twin.load_state_dict(model.state_dict())
     before = model.weight.detach().clone()
-    optimizer = common.Muon([model.weight], [model.bias], 0.01, (0.9, 0.95), 0.0, True)
+    config = toy.Config(optimizer="muon", lr=0.01)
+    optimizer, _ = common.make_optimizer(config, model, torch.device("cpu"), [model])
     adamw = torch.optim.AdamW([twin.bias], 0.01, (0.9, 0.95), weight_decay=0.0)
     for part in (optimizer, adamw):
-        part.param_groups[0]["lr"] /= 2  # as a warm-up would
+        common.set_lr(part, 0.005)  # as in a warm-up
     x = torch.randn(64, 24) * torch.logspace(0, -1, 24)  # a gradient with long directions and short ones
     for net in (model, twin):
         net(x).square().mean().backward()
@@ -148,249 +72,244 @@ def test_muon_makes_all_directions_of_a_step_equally_long():
     assert torch.allclose(model.bias, twin.bias, atol=1e-7)
 
 
-def test_ema_is_the_weighted_sum_it_claims_to_be():
-    """Of weights that walk at random: over many steps it stays beside the plain average that takes in every one."""
-    model, ema = (torch.nn.Linear(64, 1, bias=False) for _ in range(2))
-    walk = torch.randn(401, 1, 64, generator=torch.Generator().manual_seed(0)).cumsum(dim=0)
-    expected, away = ema.weight.detach().clone(), []
-    for step in range(1, 401):
-        model.weight.data.copy_(walk[step])
-        decay = min(0.98, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * walk[step]
-        common.update_ema(ema, model, step, 0.98)
-        away.append((ema.weight - expected).square().mean().sqrt().item())
-    assert max(away[:100]) < 1e-4
-    lag = (walk[400] - expected).square().mean().sqrt().item()
-    assert max(away[103::4]) < 0.3 * lag
-    before = ema.weight.clone()
-    common.update_ema(ema, model, 401, 0.98)
-    assert torch.equal(ema.weight, before)
-    model.weight.data.add_(1)
-    common.update_ema(ema, model, 401, 0.0)
-    assert torch.equal(ema.weight, model.weight)
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_optimizer_goes_on_exactly_and_refuses_a_state_that_is_not_its_own(kind):
+    config = toy.Config(optimizer=kind)
+
+    def fresh():
+        torch.manual_seed(0)
+        model = toy.Model(8)
+        return model, common.make_optimizer(config, model, torch.device("cpu"), model.blocks)[0]
+
+    def step(model, optimizer):
+        model(torch.ones(2, 3, 8, 8)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model, optimizer = fresh()
+    for _ in range(3):
+        step(model, optimizer)
+    tensors = {k: v.clone() for k, v in common.optimizer_state(model, optimizer)[1].items()}
+    slots = {"momentum_buffer"} if kind == "muon" else {"step", "exp_avg", "exp_avg_sq"}
+    assert {k.partition(":")[2] for k in tensors if k.startswith("blocks.0.up.weight")} == slots
+    twin, twin_optimizer = fresh()
+    twin.load_state_dict(model.state_dict())
+    common.load_optimizer(twin, twin_optimizer, tensors, "state")
+    for _ in range(2):
+        step(model, optimizer)
+        step(twin, twin_optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters()))
+
+    key = f"blocks.0.up.weight:{sorted(slots)[0]}"
+    for broken in ({k: v for k, v in tensors.items() if k != key}, tensors | {key: torch.zeros(3, 3)}):
+        with pytest.raises(UserError, match=f"state: no {key} of this model's shape"):
+            common.load_optimizer(twin, twin_optimizer, broken, "state")
 
 
-def test_compiler_that_does_not_work_stops_nothing(tmp_path, monkeypatch):
-    """One that writes empty files. A linear layer's forward pass does without it, its backward pass would not."""
-    for name in ("c++", "g++", "clang++"):
-        script = f'touch {tmp_path}/asked; while [ "$1" != -o ]; do echo; shift || exit; done; : > "$2"'
-        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", False)  # what is to be set comes back afterwards
-    monkeypatch.setattr(torch._functorch.config, "force_non_lazy_backward_lowering", False)
-    assert common.worth_compiling(common.TrainConfig(steps=1000), torch.device("cpu"))
+def test_blocks_are_compiled_where_the_budget_is_long_enough_to_gain(monkeypatch):
+    def compiled(**options):
+        blocks = [types.SimpleNamespace(compile=lambda dynamic: calls.append(dynamic)) for _ in range(2)]
+        calls = []
+        common.compile_blocks(common.TrainConfig(**options), torch.device(options.get("device", "cpu")), blocks)
+        return len(calls)
 
-    class Block(torch.nn.Module):  # the compiler would pass over a module of torch's own
-        def __init__(self, activation):
-            super().__init__()
-            self.linear, self.activation = torch.nn.Linear(3, 4), activation
-
-        def forward(self, x):
-            return self.activation(self.linear(x))
-
-    for activation in (torch.nn.Identity(), torch.nn.SiLU()):
-        block, x = Block(activation), torch.randn(2, 3)
-        (expected,) = torch.autograd.grad(block(x).sum(), block.linear.bias)
-        block.compile()
-        (given,) = torch.autograd.grad(block(x).sum(), block.linear.bias)
-        assert torch.allclose(given, expected)
-    assert (tmp_path / "asked").exists()
+    monkeypatch.setattr(common.shutil, "which", lambda name: name)
+    assert [compiled(minutes=5), compiled(minutes=1), compiled(steps=1000), compiled(steps=999)] == [2, 0, 2, 0]
+    assert [compiled(steps=9, compile=True), compiled(minutes=9, compile=False), compiled(device="mps")] == [2, 0, 0]
+    monkeypatch.setattr(common.shutil, "which", lambda name: None)
+    assert compiled(minutes=5) == 0
 
 
-# ---- pictures in ----
+# ---- random numbers ----
 
 
-def png(path, mode="RGB", size=(20, 20), color=None, **options):
-    Image.new(mode, size, color if color is not None else 0).save(path, **options)
+def test_numbers_of_a_row_do_not_depend_on_processes_and_accumulation(monkeypatch):
+    for kind, size in (("randn", (2, 3)), ("rand", ())):
+        whole = getattr(BatchRng(12, 5, 6), kind)(*size)
+        for processes, grad_accum in ((1, 1), (1, 4), (2, 3), (3, 1)):
+            seen = []
+            for process in range(processes):
+                monkeypatch.setattr(common, "world", lambda n=processes: n)
+                monkeypatch.setattr(common, "rank", lambda n=process: n)
+                for rows in common.micro_batches(common.TrainConfig(batch_size=12, grad_accum=grad_accum)):
+                    assert torch.equal(getattr(BatchRng(12, 5, 6, rows=rows), kind)(*size), whole[rows])
+                    seen += range(12)[rows]
+            assert sorted(seen) == list(range(12))
 
 
-def test_folder_of_odd_files_is_read_or_counted(tmp_path):
-    png(tmp_path / "a.png", color=(255, 0, 0))
-    png(tmp_path / "cmyk.jpg", "CMYK", color=(0, 255, 255, 0))
-    Image.fromarray(np.full((20, 20), 32768, np.uint16)).save(tmp_path / "deep.png")
-    png(tmp_path / "palette.png", "P")
-    Image.new("RGBA", (20, 20), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    frames = [Image.new("RGB", (20, 20), c) for c in ("red", "blue")]
-    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
-    png(tmp_path / "wide.png", size=(60, 20), color=(0, 255, 0))
-    buffer = io.BytesIO()
-    Image.new("RGB", (20, 20), "red").save(buffer, "PNG")
-    (tmp_path / "misnamed.jpg").write_bytes(buffer.getvalue())
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "truncated.png").write_bytes(buffer.getvalue()[:50])
-    (tmp_path / "empty.png").write_bytes(b"")
-    (tmp_path / "text.jpg").write_text("not a picture")
-    (tmp_path / "notes.txt").write_text("ignored")
-    Image.new("1", (9000, 9000)).save(tmp_path / "bomb.png")
-    png(tmp_path / "hurt.jpg", color=(0, 0, 255), dpi=(72, 72), exif=b"Exif\0\0 no EXIF at all")
-    Image.fromarray(np.full((20, 20), 0.5, np.float32)).save(tmp_path / "real.tif")
-    turned = np.zeros((20, 20), np.uint16)
-    turned[:10] = 65535  # white above; to be turned by 180 degrees
-    orientation = Image.Exif()
-    orientation[0x0112] = 3
-    Image.fromarray(turned).save(tmp_path / "turned.png", exif=orientation)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        pictures, paths, skipped = common.read_folder(tmp_path, 8)
-    middle = {path.name: pictures[i, :, 4, 4].tolist() for i, path in enumerate(paths)}
-    corner = {path.name: pictures[i, :, 0, 0].tolist() for i, path in enumerate(paths)}
-    assert middle["a.png"] == middle["misnamed.jpg"] == [255, 0, 0]
-    assert middle["deep.png"] == [128, 128, 128] and middle["clear.png"] == [255, 255, 255]
-    assert middle["moving.gif"][0] > 200 and middle["moving.gif"][2] < 50  # the first frame
-    assert middle["wide.png"] == [0, 255, 0] and "palette.png" in middle
-    assert np.abs(np.subtract(middle["cmyk.jpg"], [255, 0, 0])).max() < 10
-    assert middle["hurt.jpg"][2] > 200 and corner["turned.png"] == [0, 0, 0]
-    broken = ["bomb.png", "empty.png", "real.tif", "sub/truncated.png", "text.jpg"]
-    assert sorted(line.split(":")[0] for line in skipped) == broken
-    assert pictures.shape == (10, 3, 8, 8) and [str(p) for p in paths] == sorted(str(p) for p in paths)
+def test_noise_of_a_picture_depends_on_its_seed_only():
+    assert torch.equal(common.noise_for([3, 4, 5], (2, 2), "cpu")[1], common.noise_for([4], (2, 2), "cpu")[0])
 
 
-def test_links_to_folders_are_followed_and_no_folder_is_read_twice(tmp_path):
-    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "data"
-    (elsewhere / "deep").mkdir(parents=True)
-    (folder / "own").mkdir(parents=True)
-    for path in (elsewhere / "a.png", elsewhere / "deep" / "b.png", folder / "own" / "c.png"):
-        png(path)
-    (elsewhere / "metadata.jsonl").write_text('{"file_name": "deep/b.png", "text": "behind a link"}')
-    (folder / "linked").symlink_to(elsewhere, target_is_directory=True)
-    (folder / "again").symlink_to(folder / "own", target_is_directory=True)  # whose pictures keep their own names
-    (elsewhere / "deep" / "up").symlink_to(folder, target_is_directory=True)  # round and round
-    (folder / "gone.png").symlink_to(tmp_path / "nowhere.png")
-    paths = common.picture_paths(folder)
-    assert [str(path.relative_to(folder)) for path in paths] == ["linked/a.png", "linked/deep/b.png", "own/c.png"]
-    assert common.read_metadata(paths, folder)[folder / "linked" / "deep" / "b.png"][0] == "behind a link"
+# ---- checkpoints ----
 
 
-def test_folder_without_pictures_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="no folder"):
-        common.read_folder(tmp_path / "missing", 8)
-    with pytest.raises(UserError, match="no pictures in"):
-        common.read_folder(tmp_path, 8)
-    (tmp_path / "a.png").write_bytes(b"")
-    with pytest.raises(UserError, match="none of the 1 files"):
-        common.read_folder(tmp_path, 8)
-
-
-# ---- files out ----
-
-
-def test_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
+def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
-    common.save_tensors(path, {"a": torch.ones(3)}, {"step": 1})
-    before = path.read_bytes()
+    tensors = {"a": torch.randn(3, 4), "b": torch.arange(5)}
+    common.save_tensors(path, tensors, {"config": {"lr": 0.1}})
 
-    def break_half_way(part):
+    def full_disk(tensors, part, metadata):
         part.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(UserError, match="No space left"):
-        common.save_atomically(path, break_half_way)
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+    monkeypatch.setattr(common, "save_file", full_disk)
+    with pytest.raises(UserError, match=r"cannot write .*: .* No space left on device; free some space"):
+        common.save_tensors(path, {"a": torch.zeros(1)}, {})
+    loaded, header = common.load_tensors(path)
+    assert all(torch.equal(loaded[k], tensors[k]) for k in tensors) and header == {"config": {"lr": 0.1}}
+    assert common.load_tensors(path, header_only=True) == ({}, header)
 
 
-def test_checkpoint_comes_back_with_its_header(tmp_path):
-    tensors = {"a": torch.randn(3, 4), "b": torch.arange(5)}
-    common.save_tensors(tmp_path / "x.safetensors", tensors, {"system": "x", "config": {"lr": 0.1}})
-    loaded, header = common.load_tensors(tmp_path / "x.safetensors")
-    assert all(torch.equal(loaded[k], tensors[k]) for k in tensors) and header["config"]["lr"] == 0.1
+def test_foreign_weights_have_no_header_and_run_no_code(tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors", metadata={"config": "[1]"})
+    assert common.load_tensors(tmp_path / "x.safetensors")[1] is None
+    torch.save({"a": torch.ones(1)}, tmp_path / "x.pth")
+    assert common.load_tensors(tmp_path / "x.pth") == ({"a": torch.ones(1)}, None)
+
+    class Attack:
+        def __reduce__(self):
+            return (tmp_path / "hacked").touch, ()
+
+    (tmp_path / "x.ckpt").write_bytes(pickle.dumps(Attack(), protocol=2))
+    torch.save({"a": Attack()}, tmp_path / "x.pt")
+    for name in ("x.ckpt", "x.pt"):
+        with pytest.raises(UserError, match=f"{name} is not a readable weight file"):
+            common.load_tensors(tmp_path / name)
+    assert not (tmp_path / "hacked").exists()
 
 
-def test_grid_holds_every_picture_in_its_place():
-    pictures = np.stack([np.full((4, 4, 3), i * 10, np.uint8) for i in range(5)])
-    sheet = np.asarray(common.make_grid(pictures))
-    assert sheet.shape == (8, 12, 3)
-    assert [sheet[1, 1, 0], sheet[1, 5, 0], sheet[1, 9, 0], sheet[5, 1, 0], sheet[5, 5, 0], sheet[5, 9, 0]] == [
-        *(0, 10, 20, 30, 40),
-        255,
-    ]
+def test_weights_that_do_not_fit_are_named():
+    weights = {k: v for k, v in toy.Model(8).state_dict().items() if k != "conv_in.bias"}
+    weights |= {"extra": torch.zeros(1), "conv_out.bias": torch.zeros(5)}
+    message = (
+        r"w.pt does not fit this model: conv_in.bias is missing; extra is unknown; conv_out.bias is \(5,\), not \(3"
+    )
+    with pytest.raises(UserError, match=message):
+        common.load_into(toy.Model(8), weights, "w.pt")
 
 
-def test_chart_puts_large_values_high_and_late_ones_right():
-    chart = common.svg_chart({"loss": [(10, 1.0), (20, 0.1), (30, 0.01)]})
-    HTMLParser().feed(chart)
-    points = [tuple(map(float, p.split(","))) for p in re.search('points="([^"]*)"', chart)[1].split()]
-    assert [x for x, _ in points] == sorted(x for x, _ in points)
-    assert points[0][1] < points[1][1] < points[2][1]  # downwards on the screen
-    assert points[1][1] - points[0][1] == pytest.approx(points[2][1] - points[1][1], abs=0.2)  # logarithmic
-
-
-# ---- painted faces and scenes ----
-
-PAINTED = [  # seed, caption, mean colours of the four quarters of the picture
-    (
-        common.paint_face,
-        3,
-        80,
-        "a face with silver braids, calm closed eyes, a smile and freckles, on a mint background",
-        [201, 221, 220, 199, 222, 220, 198, 206, 196, 197, 208, 200],
-    ),
-    (
-        common.paint_face,
-        10,
-        80,
-        "a face with a blue bun, sharp grey eyes, a smirk and a coral beanie, on a cream background",
-        [209, 185, 184, 218, 184, 175, 212, 177, 166, 214, 186, 176],
-    ),
-    (
-        common.paint_face,
-        21,
-        80,
-        "a face with curly blond hair, round green eyes, a smirk, freckles and a purple beanie, on a peach background",
-        [210, 178, 171, 211, 180, 178, 231, 190, 166, 231, 191, 166],
-    ),
-    (
-        common.paint_scene,
-        0,
-        64,
-        "a purple heart below a red bird",
-        [198, 210, 225, 203, 201, 214, 150, 174, 150, 154, 179, 159],
-    ),
-    (common.paint_scene, 7, 64, "a small yellow umbrella", [52, 57, 96, 54, 58, 95, 40, 48, 99, 40, 48, 99]),
-    (common.paint_scene, 12, 64, "a black bird", [171, 194, 219, 164, 184, 206, 209, 214, 220, 206, 213, 220]),
-]
-
-
-@pytest.mark.parametrize("paint, seed, size, caption, quarters", PAINTED)
-def test_a_seed_gives_the_picture_that_it_always_gave(paint, seed, size, caption, quarters):
-    picture, words, _ = paint(seed, size)
-    assert words == caption
-    assert np.asarray(picture.reduce(size // 2), int).ravel() == pytest.approx(quarters, abs=1)
-
-
-def test_painted_faces_are_a_function_of_their_number():
-    one, caption, tags = common.paint_face(3)
-    again, *words = common.paint_face(3)
-    assert one.size == (80, 80) and one.tobytes() == again.tobytes() and words == [caption, tags]
-    many = {common.paint_face(seed)[0].tobytes() for seed in range(300)}
-    assert len(many) == 300
-    assert len({common.paint_face(seed)[1] for seed in range(300)}) > 290
-
-
-def test_painted_face_is_the_same_at_any_size():
-    small, large = common.paint_face(11, 40)[0], common.paint_face(11, 160)[0].reduce(4)
-    assert np.abs(np.asarray(small, int) - np.asarray(large, int)).mean() < 4
-
-
-def test_faces_are_kept_and_painted_anew_when_the_tables_change(tmp_path, monkeypatch):
+def test_weights_come_from_what_is_named_then_the_run_then_the_shipped_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    faces = common.draw_set(common.paint_face, 12, 16)
-    kept = list((tmp_path / "data").iterdir())
-    assert len(kept) == 1 and faces.pictures.shape == (12, 3, 16, 16) and len(faces.captions) == len(faces.tags) == 12
-    assert np.array_equal(faces.pictures[9].permute(1, 2, 0).numpy(), np.asarray(common.paint_face(9, 16)[0]))
-    stamp = kept[0].stat().st_mtime_ns
-    assert torch.equal(common.draw_set(common.paint_face, 12, 16).pictures, faces.pictures)
-    assert kept[0].stat().st_mtime_ns == stamp
-    tensors, words = common.load_tensors(kept[0])
-    common.save_tensors(kept[0], tensors, words | {"tags": [["of another time"]] * 12})
-    assert common.draw_set(common.paint_face, 12, 16).tags == faces.tags
-    monkeypatch.setitem(common.picture_tables("faces"), "skins", {"blue": "#0000ff"})
-    assert not torch.equal(common.draw_set(common.paint_face, 12, 16).pictures, faces.pictures)
+    (tmp_path / "run").mkdir()
+    assert str(common.find_weights("a.pt", "jit_lab")) == "a.pt"
+    assert str(common.find_weights("run", "jit_lab")) == "run/model.safetensors"
+    assert common.find_weights("", "jit_lab").parent.name == "weights"
+    common.save_tensors(tmp_path / "runs" / "jit_lab" / "model.safetensors", {}, {})
+    assert str(common.find_weights("", "jit_lab")) == "runs/jit_lab/model.safetensors"
 
 
-def test_there_are_more_than_a_million_different_faces():
-    tables = common.picture_tables("faces")
-    names = "styles fringes eyes brows mouths cheeks tops patterns accessories skins hairs".split()
-    assert math.prod(len(tables[name]) for name in names) > 1_000_000
+# ---- options and errors ----
+
+
+@dataclasses.dataclass
+class Options:
+    words: tuple[str, ...] = common.option((), "words", positional=True)
+    max_size: int = common.option(3, "size", low=1, high=9)
+    kind: str = common.option("a", "kind", choices=("a", "b"))
+    rate: float | None = common.option(None, "rate in %", low=0.0)
+    fast: bool = common.option(False, "fast")
+    weights: tuple[float, ...] = common.option((1.0, 2.0), "weights", flag="--w")
+    out: str = common.option("", "picture", picture=True)
+
+
+@pytest.fixture
+def run_options(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def run(line, act=lambda config: None):
+        given = []
+        subcommands = {"go": (lambda config: given.append(config) or act(config), Options, None, "go on")}
+        code = common.run_command_line("x", "This is x.", subcommands, line.split())
+        out, err = capsys.readouterr()
+        return (code, given[0] if given else None, out, err)
+
+    return run
+
+
+def test_options_are_typed_and_may_be_written_with_underscores_or_hyphens(run_options):
+    assert run_options("go")[1] == Options()
+    expected = Options(("red", "car"), 5, "b", 0.5, True, (3.0, 4.0), "a_b.png")
+    line = "--kind b --rate=0.5 --fast --w 3 4 --out=a_b.png"
+    for size in ("--max-size 5", "--max_size 5", "--max_size=5"):
+        assert run_options(f"go red car {size} {line}")[1] == expected
+    assert run_options("go --no-fast")[1].fast is False
+    assert run_options("") == (0, None, run_options("")[2], "") and "This is x." in run_options("")[2]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("go --max-size 0", "--max-size 0: must be a number from 1 to 9"),
+        ("go --max-size 10", "--max-size 10: must be a number from 1 to 9"),
+        ("go --max-size big", "argument --max-size: invalid int value: 'big' (see"),
+        ("go --kind c", "--kind c: choose one of a, b"),
+        ("go --rate nan", "--rate nan: must be a number from 0.0 to inf"),
+        ("go --rate inf", "--rate inf: must be a number from 0.0"),
+        ("go --w nan", "--w nan: must be a number"),
+        ("go --out x.mp4", "x.mp4: name a picture file"),
+        ("go --nonsense", "unrecognized arguments: --nonsense"),
+        ("dream", "invalid choice: 'dream'"),
+    ],
+)
+def test_mistake_is_one_line_and_exit_code_two(line, message, run_options):
+    code, config, out, err = run_options(line)
+    assert (code, config, out) == (2, None, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+
+
+def test_errors_of_a_program_become_one_line_and_bugs_do_not(run_options):
+    def fail(problem):
+        def act(config):
+            raise problem
+
+        return act
+
+    for problem in (UserError("no file"), PermissionError(13, "denied", "x")):
+        code, _, _, err = run_options("go", fail(problem))
+        assert code == 2 and err == f"error: {problem}\n"
+    for problem in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")):
+        assert "error: out of memory; lower --batch-size" in run_options("go", fail(problem))[3]
+    assert run_options("go", fail(KeyboardInterrupt()))[0] == 130
+    with pytest.raises(RuntimeError):
+        run_options("go", fail(RuntimeError("a bug")))
+
+
+def test_help_names_every_option_with_its_default(capsys):
+    with pytest.raises(SystemExit):
+        toy.main(["train", "--help"])
+    out = capsys.readouterr().out
+    assert all(common.flag_of(field) in out for field in dataclasses.fields(toy.Config))
+    assert "[0.01]" in out and "[stripes]" in out and "--preset {demo,paper}" in out  # the demo's lr, not the class's
+
+
+def test_presets_stand_over_defaults_and_given_options_over_presets():
+    def config(**given):
+        return common.make_config(toy.Config, given, toy.PRESETS, "toy")
+
+    assert (config().lr, config().steps, config().out) == (0.01, 20, "runs/toy")
+    assert (config(lr=0.5).lr, config(preset="paper").width, config(preset="paper").steps) == (0.5, 16, None)
+    assert common.make_config(common.SampleConfig, {}, None, "x").out == "samples/x.png"
+    assert config(minutes=2.0).steps is None and config(preset="paper", epochs=3).minutes is None
+
+
+def test_config_in_a_header_is_checked_and_may_have_unknown_fields():
+    header = {"config": {"width": 4, "gone": 1, "data": ["a folder"]}}
+    config = common.config_from_header(toy.Config, header, "w.pt")
+    assert (config.width, config.data, config.lr) == (4, ("a folder",), toy.Config().lr)
+    for broken in ({}, {"config": [1]}, {"config": {"width": 0}}):
+        with pytest.raises(UserError):
+            common.config_from_header(toy.Config, broken, "w.pt")
+
+
+def test_precision_and_device_are_what_the_machine_has(monkeypatch):
+    assert common.pick_device("auto").type in ("cpu", "cuda", "mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--device mps: torch finds no such device here"):
+        common.pick_device("mps")
+    cpu = torch.device("cpu")
+    for capability, precision in (("amx_bf16", "bf16"), ("avx512_bf16", "bf16"), ("avx2", "fp32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=capability: {name: True})
+        assert common.pick_precision("auto", cpu) == precision and common.pick_precision("fp16", cpu) == "fp16"
+    with common.autocast(cpu, "bf16"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16

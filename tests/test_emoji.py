@@ -48,11 +48,11 @@ def test_held_out_things_are_painted_in_no_hue():
 
 def test_the_painted_folder_is_read_by_training_and_its_captions_are_true(shapes):
     assert emoji.main(["paint", "--out", "folder", "--size", "32", "--count", "300"]) == 0
-    everything, *_ = dit_t2i.load_data(dit_t2i.Config(data="folder", image_size=32))
+    everything = dit_t2i.PictureSource(dit_t2i.Config(data=("folder",), image_size=32))
     captions = everything.captions
     assert len(captions) == 300
     mirrored = 0
-    for picture, caption in zip(everything.pictures / 255, captions):
+    for picture, caption in zip(everything.data.pictures / 255, captions):
         thing, _, ground = caption.partition(" on ")
         ground = ground.split()[-2] if ground else None
         _, *words = thing.split()
@@ -114,14 +114,14 @@ def test_evaluate_counts_right_pictures(shapes, monkeypatch, capsys, shift, hues
     """True pictures in place of samples are all right. Moved on by one pair, they are mostly wrong."""
     monkeypatch.setattr(emoji, "HELD_OUT", ["dog", "owl"])
     real = dit_t2i.load_model(ROOT / "weights" / "dit_t2i.safetensors", "cpu")
-    real[1].image_size = 32
+    real[1].image_size = 32  # of the emoji to compare with
     monkeypatch.setattr(dit_t2i, "load_model", lambda path, device: real)
 
-    def true_pictures(model, options, text, null, size, apart):
-        assert apart == options.num == 2 and len(text) == 16  # each pair has noise of its own
+    def true_pictures(model, config, prompts, num, seed_stride, **settings):
+        assert seed_stride == num == 2 and len(prompts) == 16  # each pair has noise of its own
         pairs = [(thing, hue) for thing in ("dog", "owl") for hue in emoji.HUES]
         rgb = torch.cat([tinted(shapes[1][NAMES.index(thing)][None], hue) for thing, hue in pairs])
-        return (rgb.repeat_interleave(2, dim=0) * 2 - 1).roll(shift, dims=0)
+        return rgb.repeat_interleave(2, dim=0).roll(shift, dims=0)
 
     monkeypatch.setattr(dit_t2i, "sample", true_pictures)
     assert emoji.main(["evaluate", "--num", "2"]) == 0
@@ -132,11 +132,8 @@ def test_evaluate_counts_right_pictures(shapes, monkeypatch, capsys, shift, hues
 def test_shipped_weights_paint_unseen_pairs_in_the_right_hue():
     path = ROOT / "weights" / "dit_t2i.safetensors"
     assert path.stat().st_size < 60e6
-    model, config, header = dit_t2i.load_model(path, "cpu")
-    words = dit_t2i.Words(header["text"]["words"], header["text"]["length"])
+    model, config = dit_t2i.load_model(path, "cpu")
     things = random.Random(0).sample(emoji.HELD_OUT, len(emoji.HUES))
     prompts = [f"a {colour} {thing}" for colour, thing in zip(emoji.HUES, things)]
-    options = dit_t2i.DrawConfig(num=1, cfg=config.cfg, steps=10)
-    latents = dit_t2i.sample(model, options, words(prompts), words([""]), (3, config.image_size, config.image_size))
-    seen = emoji.colour_seen(dit_t2i.to_rgb(None, latents))
+    seen = emoji.colour_seen(dit_t2i.sample(model, config, prompts, steps=10))
     assert sum(a == b for a, b in zip(seen, emoji.HUES)) >= 7

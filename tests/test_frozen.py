@@ -110,7 +110,9 @@ def train(words, interrupt_at=None):
     steps = []
 
     def count(optimizer, arguments, keywords):
-        steps.append(optimizer)
+        # A step without gradients is not training: torch makes one to find out what an optimizer remembers.
+        if any(p.grad is not None and p.grad.any() for group in optimizer.param_groups for p in group["params"]):
+            steps.append(optimizer)
         if len(steps) == interrupt_at:
             os.kill(os.getpid(), signal.SIGINT)
 

@@ -1,15 +1,16 @@
-"""jit_lab.py against closed forms, golden files and naive loops."""
+"""jit_lab.py against closed forms, scikit-image, the post's own code and naive loops."""
 
 import argparse
+import csv
 import json
 import math
-import pickle
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FIXTURES, TINY
+from conftest import FIXTURES
+from PIL import Image
 from safetensors.torch import save_file
 from skimage import color
 
@@ -19,13 +20,131 @@ from common import UserError
 from jit_lab import Config, Dataset, JiT
 
 
-def sample(model, config, seeds, watch=None, **options):
-    """jit_lab.sample for these consecutive seeds, in float32."""
-    options = jit_lab.SampleConfig(num=len(seeds), seed=seeds[0], precision="fp32", **options)
-    return jit_lab.sample(model, config, options, watch)
+def label(count=1):
+    return torch.zeros(count, dtype=torch.long)
 
 
-# ---- model ----
+# ---- the loss ----
+
+
+@pytest.mark.parametrize("predict", ["x", "v", "eps"])
+@pytest.mark.parametrize("loss", ["v", "x"])
+def test_loss_is_zero_for_the_right_answer_and_only_for_it(tiny_config, predict, loss):
+    config = tiny_config(predict=predict, loss=loss)
+    data, noise, t = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.tensor([0.1, 0.4, 0.6, 0.9])
+    x_t, mask = common.flow_point(noise, data, t), torch.ones(4, 3, 1, 1)
+    right = {"x": data, "v": data - noise, "eps": noise}
+    assert jit_lab.flow_loss(config, right[predict], x_t, data, t, mask).max() < 1e-8
+    for wrong in [-right[predict], *(v for k, v in right.items() if k != predict)]:
+        assert jit_lab.flow_loss(config, wrong, x_t, data, t, mask).min() > 1e-2
+
+
+def test_velocity_loss_is_the_text_of_the_post_and_data_loss_its_code(tiny_config):
+    x_0, x_1, x_hat = torch.randn(3, 4, 3, 8, 8).unbind(0)
+    t, mask = torch.tensor([0.0, 0.3, 0.5, 0.8]), (torch.rand(4, 3, 1, 1) > 0.5).float()
+    x_t, wide = common.flow_point(x_0, x_1, t), t.view(-1, 1, 1, 1)
+    text = (((x_hat - x_t) / (1 - wide) - (x_1 - x_0)) ** 2 * mask).mean(dim=(1, 2, 3))
+    code = (((x_hat - x_0) - (x_1 - x_0)) ** 2 * mask).mean(dim=(1, 2, 3))
+    assert torch.allclose(jit_lab.flow_loss(tiny_config(loss="v"), x_hat, x_t, x_1, t, mask), text, rtol=1e-4)
+    assert torch.allclose(jit_lab.flow_loss(tiny_config(loss="x"), x_hat, x_t, x_1, t, mask), code, rtol=1e-4)
+
+
+def test_error_of_each_channel_is_measured_relative_to_its_noise(tiny_config):
+    config = tiny_config(loss="x", lab_noise=(0.6, 0.3, 0.2))
+    x, t, mask = torch.zeros(1, 3, 8, 8), torch.tensor([0.5]), torch.ones(1, 3, 1, 1)
+    losses = [jit_lab.flow_loss(config, x + (torch.arange(3) == c).view(3, 1, 1), x, x, t, mask) for c in range(3)]
+    assert torch.allclose(torch.cat(losses), torch.tensor([1.0, 4.0, 9.0]) / 3)
+
+
+def test_training_times_follow_their_distribution(tiny_config):
+    rng = common.BatchRng(20_000, 0)
+    normal = torch.logit(jit_lab.training_times(tiny_config(time_mean=-0.8, time_std=0.6), rng))
+    assert abs(normal.mean() + 0.8) < 0.02 and abs(normal.std() - 0.6) < 0.02
+    flat = jit_lab.training_times(tiny_config(time="uniform"), rng)
+    assert (torch.histc(flat, 10, 0, 1) / 2000 - 1).abs().max() < 0.1
+
+
+# ---- the sampler ----
+
+
+class Oracle(torch.nn.Module):
+    """A network that always knows the data, answer(x_t, t, y), and outputs what config.predict asks for."""
+
+    def __init__(self, config, answer, num_classes=1):
+        super().__init__()
+        self.config, self.answer, self.num_classes = config, answer, num_classes
+        self.anchor = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x_t, t, y, top_idx=0, left_idx=0):
+        data = self.answer(x_t, t, y)
+        return {"x": data, "v": (data - x_t) / (1 - t), "eps": (x_t - t * data) / (1 - t)}[self.config.predict]
+
+
+@pytest.mark.parametrize(
+    "predict, solver, steps",
+    [
+        ("x", "euler", 1),
+        ("v", "euler", 1),
+        ("x", "euler", 200),
+        ("v", "heun", 20),
+        ("x", "dpm", 20),
+        ("eps", "dpm", 20),
+    ],
+)
+def test_exact_velocity_of_a_point_leads_to_the_point(tiny_config, predict, solver, steps):
+    config = tiny_config(predict=predict)
+    data = jit_lab.rgb_to_lab(torch.rand(1, 3, 16, 16))
+    model = Oracle(config, lambda x_t, t, y: data.expand_as(x_t))
+    rgb = jit_lab.sample(model, config, num=2, steps=steps, solver=solver, precision="fp32")
+    assert (rgb - jit_lab.lab_to_rgb(data)).abs().max() < 2e-3
+
+
+def test_exact_velocity_of_a_gaussian_integrates_to_the_gaussian(tiny_config):
+    """Data N(m, s^2), noise N(0, 1): x_hat = m + s^2 t (x_t - t m) / ((1 - t)^2 + s^2 t^2)."""
+    mean, std, config = 0.3, 0.2, tiny_config(space="rgb")
+
+    def x_hat(x, t, y):
+        return mean + std**2 * t * (x - t * mean) / ((1 - t) ** 2 + std**2 * t**2)
+
+    rgb = jit_lab.sample(Oracle(config, x_hat), config, num=64, steps=100, solver="heun", precision="fp32") * 2 - 1
+    assert abs(rgb.mean().item() - mean) < 0.01 and abs(rgb.std().item() - std) < 0.01
+
+
+def test_time_0_is_the_noise_of_the_seed_and_time_1_the_data(tiny_config):
+    config = tiny_config(lab_noise=(0.6, 0.3, 0.2), noise_scale=2.0)
+    data, states = torch.full((1, 3, 16, 16), 0.1), []
+    model = Oracle(config, lambda x_t, t, y: data.expand_as(x_t))
+    jit_lab.sample(model, config, 1, 10, seed=7, precision="fp32", callback=lambda x, t: states.append((t, x)))
+    assert [round(t, 6) for t, _ in states] == [i / 10 for i in range(11)]
+    noise = torch.tensor([1.2, 0.6, 0.4]).view(3, 1, 1) * common.noise_for([7], (3, 16, 16), "cpu")
+    for t, x in states:
+        assert torch.allclose(x, (1 - t) * noise + t * data, atol=1e-4)
+
+
+def test_guidance_1_is_conditional_0_is_unconditional_and_3_goes_beyond(tiny_config):
+    config = tiny_config(space="rgb")
+    levels = torch.tensor([0.1, 0.3, 0.2])  # of labels 0 and 1 and of the null label
+    model = Oracle(config, lambda x_t, t, y: levels[y].view(-1, 1, 1, 1).expand_as(x_t), num_classes=2)
+
+    def level(**guidance):
+        return (jit_lab.sample(model, config, 1, 4, precision="fp32", **guidance) * 2 - 1).mean().item()
+
+    assert level(label=0) == pytest.approx(0.1, abs=1e-5)
+    assert level(label=1, cfg=1) == pytest.approx(0.3, abs=1e-5)
+    assert level(label=1, cfg=0) == pytest.approx(0.2, abs=1e-5)
+    assert level(label=1, cfg=3) == pytest.approx(0.2 + 3 * (0.3 - 0.2), abs=1e-5)
+
+
+def test_picture_depends_on_its_seed_only(tiny_config, awake_model):
+    config = tiny_config()
+    model = awake_model(config)
+    together = jit_lab.sample(model, config, 5, 3, seed=10, precision="fp32")
+    apart = jit_lab.sample(model, config, 3, 3, seed=12, batch_size=2, precision="fp32")
+    assert torch.allclose(together[2:], apart, atol=1e-5)
+    assert not torch.allclose(together[0], together[1], atol=1e-2)
+
+
+# ---- the model ----
 
 
 @pytest.mark.parametrize(
@@ -37,19 +156,159 @@ def sample(model, config, seeds, watch=None, **options):
 )
 def test_state_dict_has_the_published_names_and_shapes(layout, arguments):
     with torch.device("meta"):
-        model = JiT(**arguments)
-    assert {k: list(v.shape) for k, v in model.state_dict().items()} == json.loads(
-        (FIXTURES / f"{layout}.json").read_text()
-    )
+        shapes = {k: list(v.shape) for k, v in JiT(**arguments).state_dict().items()}
+    assert shapes == json.loads((FIXTURES / f"{layout}.json").read_text())
 
 
-def test_paper_preset_is_the_posts_model():
+def test_paper_preset_is_the_model_and_the_training_of_the_post():
     config = common.make_config(Config, {"preset": "paper"}, jit_lab.PRESETS)
     with torch.device("meta"):
-        model = jit_lab.build_model(config)
-    assert sum(p.numel() for p in model.parameters()) == 129_993_264
+        assert sum(p.numel() for p in jit_lab.build_model(config).parameters()) == 129_993_264
     assert config.batch_size == 256 and config.grad_accum == 4 and config.steps * 256 // 10_000 == 1280
 
+
+def test_new_block_is_the_identity_and_a_new_model_outputs_zero(tiny_config):
+    model = jit_lab.build_model(tiny_config())
+    x, rope = torch.randn(2, 16, 32), common.rope_2d(torch.arange(4), torch.arange(4), 16)
+    assert torch.equal(model.blocks[0](x, torch.randn(2, 32), rope), x)
+    assert (model(torch.randn(2, 3, 16, 16), 0.3, label(2)) == 0).all()
+
+
+def test_time_may_be_a_float_a_scalar_or_a_batch(tiny_config, awake_model):
+    model, x = awake_model(tiny_config()), torch.randn(2, 3, 16, 16)
+    outputs = [model(x, t, label(2)) for t in (0.25, torch.tensor(0.25), torch.tensor([0.25, 0.25]))]
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+    assert not torch.allclose(outputs[0], model(x, 0.75, label(2)))
+
+
+def test_place_of_a_crop_enters_through_the_absolute_embedding_and_not_through_rope(tiny_config, awake_model):
+    model, x = awake_model(tiny_config()), torch.randn(2, 3, 8, 8)
+    here, there = model(x, 0.5, label(2), 0, 0), model(x, 0.5, label(2), 2, 1)
+    assert (here - there).abs().max() > 1e-2
+    # With the slice of (2, 1) moved to (0, 0), the two calls differ in RoPE only.
+    grid = model.pos_embed.data.view(4, 4, -1)
+    grid[:2, :2] = grid[2:4, 1:3].clone()
+    assert (model(x, 0.5, label(2), 0, 0) - there).abs().max() < 1e-5
+
+
+def test_rope_tells_rows_apart_and_columns_too(tiny_config, awake_model):
+    """Without positions a transformer's output moves with its tokens. Here RoPE alone can tell that patches moved."""
+    model, x = awake_model(tiny_config()), torch.randn(1, 3, 16, 16)
+    model.pos_embed.data.zero_()
+    swap = torch.tensor([4, 5, 6, 7, 0, 1, 2, 3, *range(8, 16)])  # the first two rows, or columns, of patches
+    for moved in (lambda x: x[:, :, swap], lambda x: x[..., swap]):
+        # 8e-5 and 4e-4; without RoPE on that axis 5e-7
+        assert (moved(model(moved(x), 0.5, label())) - model(x, 0.5, label())).abs().max() > 2e-5
+
+
+@pytest.mark.parametrize("side, top, left", [(16, 1, 0), (16, 0, 1), (10, 0, 0), (20, 0, 0), (8, -1, 0), (8, 0, -1)])
+def test_picture_that_does_not_fit_the_grid_is_refused(tiny_config, side, top, left):
+    with pytest.raises(ValueError, match="do not fit a grid of 4 x 4 patches of 4"):
+        jit_lab.build_model(tiny_config())(torch.randn(1, 3, side, side), 0.5, label(), top, left)
+
+
+# ---- colour and data ----
+
+
+def test_lab_equals_scikit_image_and_has_an_inverse():
+    steps = torch.linspace(0, 1, 17)
+    cube = torch.cartesian_prod(steps, steps, steps).T.reshape(1, 3, 17, 289)  # all of RGB, black and white included
+    lab = jit_lab.rgb_to_lab(cube)
+    ours = torch.stack([(lab[0, 0] + 1) * 50, lab[0, 1] * 128, lab[0, 2] * 128], -1)
+    assert np.abs(ours.numpy() - color.rgb2lab(cube[0].permute(1, 2, 0).numpy())).max() < 1e-3
+    assert (jit_lab.lab_to_rgb(lab) - cube).abs().max() < 1e-3
+    grey = cube[:, :1].expand_as(cube)
+    assert jit_lab.rgb_to_lab(grey)[:, 1:].abs().max() < 1e-4
+
+
+def test_lab_outside_the_gamut_equals_scikit_image():
+    lab = torch.rand(1, 3, 40, 40) * 2 - 1
+    scaled = torch.stack([(lab[0, 0] + 1) * 50, lab[0, 1] * 128, lab[0, 2] * 128], -1).double().numpy()
+    with pytest.warns(UserWarning, match="negative Z"):
+        theirs = color.lab2rgb(scaled)
+    assert np.abs(jit_lab.lab_to_rgb(lab)[0].permute(1, 2, 0).numpy() - theirs).max() < 1e-3
+
+
+def test_monochrome_pictures_send_no_gradient_into_chroma_and_all_of_it_into_lightness(tiny_config):
+    config = tiny_config(color_fraction=0.5, full_image_prob=1.0, batch_size=32)
+    data = Dataset(config, torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8), torch.arange(40) < 20)
+    x, mask, *_ = data.batch(0)
+    grey = (x[:, 1:].abs().amax(dim=(1, 2, 3)) == 0).view(-1)
+    assert 2 < grey.sum() < 30
+    output = torch.randn_like(x, requires_grad=True)
+    noise, t = torch.randn_like(x), torch.full((32,), 0.5)
+    jit_lab.flow_loss(config, output, common.flow_point(noise, x, t), x, t, mask).sum().backward()
+    assert (output.grad[grey][:, 1:] == 0).all() and (output.grad[grey][:, :1] != 0).all()
+    assert (output.grad[~grey] != 0).all()
+
+
+def test_a_part_keeps_its_colour_by_seed_and_grey_files_are_recognised(folder, tiny_config):
+    def in_color(**changes):
+        return jit_lab.load_data(tiny_config(data=(str(folder),), **changes), "cpu")[0].in_color
+
+    everything = in_color(color_fraction=1.0)
+    assert everything.tolist() == [i % 4 != 0 for i in range(24)]
+    half = in_color(color_fraction=0.5)
+    assert torch.equal(half, in_color(color_fraction=0.5)) and 0 < half.sum() <= 12
+    assert not torch.equal(half, in_color(color_fraction=0.5, seed=1))
+    assert not half[~everything].any()
+
+
+def test_without_any_colour_zero_chroma_is_learned(tiny_config):
+    rgb = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    x, mask, *_ = Dataset(tiny_config(batch_size=4), rgb, torch.zeros(4, dtype=torch.bool)).batch(0)
+    assert (x[:, 1:] == 0).all() and (mask == 1).all()
+
+
+def test_rgb_space_holds_the_pixels_as_they_are(tiny_config):
+    config = tiny_config(space="rgb", batch_size=1, full_image_prob=1.0)
+    rgb = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)
+    x, *_ = Dataset(config, rgb, torch.ones(1, dtype=torch.bool)).batch(0)
+    assert (jit_lab.to_rgb(config, x) - rgb / 255).abs().max() < 1e-3
+
+
+def test_crops_are_those_of_the_posts_code():
+    config = Config(patch_size=4)
+    crops = [jit_lab.random_crop(config, common.generator(i)) for i in range(6000)]
+    places = {side: {c[:2] for c in crops if c[2] == side} for side in (10, 16, 20)}
+    assert {side: len(p) for side, p in places.items()} == {10: 121, 16: 25, 20: 1}
+    assert abs(sum(c[2] == 20 for c in crops) / len(crops) - (0.2 + 0.8 / 3)) < 0.02
+
+
+def test_batch_holds_the_pixels_of_its_crop(tiny_config):
+    config = tiny_config(crop_sizes=(0.5,), full_image_prob=0.0, batch_size=1)
+    rgb = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)
+    data, places = Dataset(config, rgb, torch.ones(1, dtype=torch.bool)), set()
+    for step in range(40):
+        x, _, top, left = data.batch(step)
+        expected = rgb[:, :, top * 4 : top * 4 + 8, left * 4 : left * 4 + 8] / 255
+        assert torch.allclose(jit_lab.lab_to_rgb(x), expected, atol=1e-3)
+        places.add((top, left))
+    assert len(places) == 9
+
+
+def test_pictures_in_colour_come_three_times_as_often(tiny_config):
+    rgb = torch.zeros(100, 3, 16, 16, dtype=torch.uint8)
+    rgb[:10, 0] = 255  # the ten in colour are red
+    data = Dataset(tiny_config(batch_size=6000, full_image_prob=1.0), rgb, torch.arange(100) < 10)
+    x, mask, *_ = data.batch(0)
+    assert abs((x[:, 1, 0, 0] > 0.1).float().mean().item() - 30 / 120) < 0.03
+    assert ((mask[:, 1, 0, 0] == 1) == (x[:, 1, 0, 0] > 0.1)).all()
+
+
+def test_batch_depends_on_seed_and_step_only(folder, tiny_config):
+    data, _ = jit_lab.load_data(tiny_config(data=(str(folder),), batch_size=8), "cpu")
+    first = data.batch(5)
+    torch.rand(100)  # random numbers for something else
+    again, other = data.batch(5), data.batch(6)
+    assert torch.equal(first[0], again[0]) and first[2:] == again[2:]
+    assert other[0].shape != first[0].shape or not torch.equal(other[0], first[0])
+    parts = [data.batch(5, slice(part, None, 2)) for part in (0, 1)]
+    assert all(part[2:] == first[2:] for part in parts)  # all passes and processes crop the same place
+    assert all(torch.equal(part[0], first[0][k::2]) for k, part in enumerate(parts))
+
+
+# ---- published weights ----
 
 QUICK_INFERENCE = """
 from safetensors.torch import load_file
@@ -82,366 +341,42 @@ rgb = color.lab2rgb(np.stack([L, a, b], axis=-1))
 
 def test_the_posts_quick_inference_runs_as_printed_and_agrees_with_sample(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model = JiT()
-    with torch.no_grad():  # not zero, as a trained one
-        model.final_layer.linear.weight.normal_(std=0.02)
-    save_file(model.state_dict(), "waifu_diffusion_1280_bs256.safetensors")
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in JiT().state_dict().items()}
+    weights = {name: 0.02 * torch.randn(shape) for name, shape in shapes.items()}  # a trained model's are not zero
+    save_file(weights, "waifu_diffusion_1280_bs256.safetensors")
     noise = common.noise_for([3], (3, 80, 80), "cpu")
     monkeypatch.setattr(torch, "randn", lambda *a, **k: noise.clone())
-    space = {"JiT": JiT, "torch": torch, "device": "cpu"}
-    # Every line as printed, but three steps: fifty of the full-size model's take half a minute.
-    shorter = QUICK_INFERENCE.replace("range(50)", "range(3)").replace("step / 50", "step / 3")
-    exec(shorter.replace("step/50", "step/3").replace("v / 50", "v / 3"), space)
+    names = {"JiT": JiT, "torch": torch, "device": "cpu"}
+    # Every line as printed, but two steps: fifty of the full-size model take half a minute.
+    shorter = QUICK_INFERENCE.replace("range(50)", "range(2)").replace("step / 50", "step / 2")
+    exec(shorter.replace("step/50", "step/2").replace("v / 50", "v / 2"), names)
     monkeypatch.undo()
     model, config = jit_lab.load_model(tmp_path / "waifu_diffusion_1280_bs256.safetensors", "cpu")
     assert config.space == "lab"
-    ours = sample(model, config, [3], steps=3)
-    assert space["rgb"].shape == (80, 80, 3) and np.isfinite(space["rgb"]).all()
-    assert (ours - jit_lab.lab_to_rgb(space["pred_x1"].clamp(-1, 1))).abs().max() < 1e-4
-    assert (ours[0].permute(1, 2, 0) - torch.from_numpy(space["rgb"])).abs().max() < 2e-3
-
-
-def test_fresh_block_is_the_identity_and_fresh_model_says_zero(tiny_config):
-    model = jit_lab.build_model(tiny_config())
-    x, c = torch.randn(2, 16, 32), torch.randn(2, 32)
-    rope = common.rope_2d(torch.arange(4), torch.arange(4), 16)
-    assert torch.equal(model.blocks[0](x, c, rope), x)
-    assert (model(torch.randn(2, 3, 16, 16), 0.3, torch.zeros(2, dtype=torch.long)) == 0).all()
-
-
-def test_time_may_be_a_float_a_scalar_or_a_batch(tiny_config, awake_model):
-    model, x, y = awake_model(tiny_config()), torch.randn(2, 3, 16, 16), torch.zeros(2, dtype=torch.long)
-    outputs = [model(x, t, y) for t in (0.25, torch.tensor(0.25), torch.tensor([0.25, 0.25]))]
-    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
-    assert not torch.allclose(outputs[0], model(x, 0.75, y))
-
-
-def test_crop_learns_its_place_from_the_absolute_embedding_and_not_from_rope(tiny_config, awake_model):
-    """FACT: RoPE is relative, so only the slice of pos_embed tells a crop where it lies."""
-    model = awake_model(tiny_config())
-    x, y = torch.randn(2, 3, 8, 8), torch.zeros(2, dtype=torch.long)
-    here, there = model(x, 0.5, y, 0, 0), model(x, 0.5, y, 2, 1)
-    assert (here - there).abs().max() > 1e-2
-    # Put the slice of (2, 1) at (0, 0): what is left of the move is RoPE's, and that is nothing.
-    with torch.no_grad():
-        grid = model.pos_embed.view(4, 4, -1).clone()
-        grid[:2, :2] = model.pos_embed.view(4, 4, -1)[2:4, 1:3]
-        model.pos_embed.copy_(grid.view(1, 16, -1))
-    assert (model(x, 0.5, y, 0, 0) - there).abs().max() < 1e-5
-
-
-def test_eval_builds_no_graph_and_train_does(tiny_config):
-    model = jit_lab.build_model(tiny_config())
-    x, y = torch.randn(1, 3, 16, 16), torch.zeros(1, dtype=torch.long)
-    assert not model.eval()(x, 0.5, y).requires_grad
-    assert model.train()(x, 0.5, y).requires_grad and not model.pos_embed.requires_grad
-    # The picture itself may still ask for a gradient, as classifier guidance does.
-    assert model.eval()(x.requires_grad_(), 0.5, y).requires_grad
-
-
-@pytest.mark.parametrize("side, top, left", [(16, 1, 0), (16, 0, 1), (10, 0, 0), (20, 0, 0), (8, -1, 0), (8, 0, -1)])
-def test_picture_that_does_not_fit_the_grid_is_refused(tiny_config, side, top, left):
-    model = jit_lab.build_model(tiny_config())
-    with pytest.raises(ValueError, match="do not fit a grid of 4 x 4 patches of 4"):
-        model(torch.randn(1, 3, side, side), 0.5, torch.zeros(1, dtype=torch.long), top, left)
-
-
-# ---- colour ----
-
-
-def test_lab_equals_scikit_image_and_comes_back():
-    steps = torch.linspace(0, 1, 17)
-    cube = torch.cartesian_prod(steps, steps, steps).T.reshape(1, 3, 17, 289)  # all of RGB, black and white included
-    lab = jit_lab.rgb_to_lab(cube)
-    theirs = color.rgb2lab(cube[0].permute(1, 2, 0).numpy())
-    ours = torch.stack([(lab[0, 0] + 1) * 50, lab[0, 1] * 128, lab[0, 2] * 128], -1)
-    assert np.abs(ours.numpy() - theirs).max() < 1e-3
-    assert (jit_lab.lab_to_rgb(lab) - cube).abs().max() < 1e-3
-
-
-def test_lab_outside_the_gamut_equals_scikit_image():
-    lab = torch.rand(1, 3, 40, 40) * 2 - 1
-    scaled = torch.stack([(lab[0, 0] + 1) * 50, lab[0, 1] * 128, lab[0, 2] * 128], -1).double().numpy()
-    with pytest.warns(UserWarning, match="negative Z"):
-        theirs = color.lab2rgb(scaled)
-    assert np.abs(jit_lab.lab_to_rgb(lab)[0].permute(1, 2, 0).numpy() - theirs).max() < 1e-3
-
-
-def test_grey_has_no_chroma():
-    grey = torch.linspace(0, 1, 256).view(1, 1, 16, 16).expand(1, 3, 16, 16)
-    assert jit_lab.rgb_to_lab(grey)[:, 1:].abs().max() < 1e-4
-
-
-def test_monochrome_pictures_send_no_gradient_into_chroma_and_full_gradient_into_lightness(tiny_config):
-    config = tiny_config(color_fraction=0.5, full_image_prob=1.0, batch_size=32)
-    rgb = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8)
-    data = Dataset(rgb, torch.arange(40) < 20)
-    x, mask, *_ = jit_lab.draw_batch(config, data, 0, slice(None), "cpu")
-    grey = (x[:, 1:].abs().amax(dim=(1, 2, 3)) == 0).view(-1)
-    assert 2 < grey.sum() < 30
-    output = torch.randn_like(x, requires_grad=True)
-    noise, t = torch.randn_like(x), torch.full((32,), 0.5)
-    jit_lab.flow_loss(config, output, common.flow_point(noise, x, t), x, t, mask).sum().backward()
-    assert (output.grad[grey][:, 1:] == 0).all() and (output.grad[grey][:, :1] != 0).all()
-    assert (output.grad[~grey] != 0).all()
-
-
-def test_a_tenth_keeps_its_colour_by_seed_alone_and_grey_files_are_recognised(folder, tiny_config):
-    def in_color(**changes):
-        return jit_lab.load_dataset(tiny_config(data=str(folder), **changes))[0].in_color
-
-    everything = in_color(color_fraction=1.0)
-    assert everything.tolist() == [i % 4 != 0 for i in range(24)]
-    half = in_color(color_fraction=0.5)
-    assert torch.equal(half, in_color(color_fraction=0.5)) and 0 < half.sum() <= 12
-    assert not torch.equal(half, in_color(color_fraction=0.5, seed=1))
-    assert not half[~everything].any()
-
-
-def test_set_without_any_colour_learns_to_have_none(tiny_config):
-    data = Dataset(torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8), torch.zeros(4, dtype=torch.bool))
-    x, mask, *_ = jit_lab.draw_batch(tiny_config(batch_size=4), data, 0, slice(None), "cpu")
-    assert (x[:, 1:] == 0).all() and (mask == 1).all()
-
-
-def test_rgb_space_is_what_the_file_shows(tiny_config):
-    data = Dataset(torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8), torch.ones(1, dtype=torch.bool))
-    config = tiny_config(space="rgb", batch_size=1, full_image_prob=1.0)
-    x, *_ = jit_lab.draw_batch(config, data, 0, slice(None), "cpu")
-    assert (jit_lab.to_rgb(config, x) - data.rgb / 255).abs().max() < 1e-3
-
-
-# ---- crops and sampling of the data ----
-
-
-def test_crops_are_what_the_posts_code_does():
-    config = Config(patch_size=4)
-    crops = [jit_lab.random_crop(config, common.generator(i)) for i in range(6000)]
-    places = {side: {c[:2] for c in crops if c[2] == side} for side in (10, 16, 20)}
-    assert {side: len(p) for side, p in places.items()} == {10: 121, 16: 25, 20: 1}
-    full = sum(c[2] == 20 for c in crops) / len(crops)
-    assert abs(full - (0.2 + 0.8 / 3)) < 0.02
-
-
-def test_batch_holds_the_pixels_of_its_crop(tiny_config):
-    config = tiny_config(color_fraction=1.0, crop_sizes=(0.5,), full_image_prob=0.0, batch_size=1)
-    rgb = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)
-    data = Dataset(rgb, torch.ones(1, dtype=torch.bool))
-    seen = set()
-    for step in range(40):
-        x, _, top, left = jit_lab.draw_batch(config, data, step, slice(None), "cpu")
-        expected = rgb[:, :, top * 4 : top * 4 + 8, left * 4 : left * 4 + 8] / 255
-        assert torch.allclose(jit_lab.lab_to_rgb(x), expected, atol=1e-3)
-        seen.add((top, left))
-    assert len(seen) == 9
-
-
-def test_colour_is_drawn_three_times_as_often(tiny_config):
-    rgb = torch.zeros(100, 3, 16, 16, dtype=torch.uint8)
-    rgb[:10, 0] = 255  # the ten in colour are red
-    data = Dataset(rgb, torch.arange(100) < 10)
-    config = tiny_config(batch_size=6000, full_image_prob=1.0)
-    x, mask, *_ = jit_lab.draw_batch(config, data, 0, slice(None), "cpu")
-    share = (x[:, 1, 0, 0] > 0.1).float().mean().item()
-    assert abs(share - 30 / 120) < 0.03
-    assert ((mask[:, 1, 0, 0] == 1) == (x[:, 1, 0, 0] > 0.1)).all()
-
-
-def test_draws_depend_on_seed_and_step_alone(folder, tiny_config):
-    config = tiny_config(data=str(folder), batch_size=8)
-    data, _ = jit_lab.load_dataset(config)
-    first = jit_lab.draw_batch(config, data, 5, slice(None), "cpu")
-    torch.rand(100)  # somebody else's randomness
-    again = jit_lab.draw_batch(config, data, 5, slice(None), "cpu")
-    assert torch.equal(first[0], again[0]) and first[2:] == again[2:]
-    other = jit_lab.draw_batch(config, data, 6, slice(None), "cpu")[0]
-    assert other.shape != first[0].shape or not torch.equal(other, first[0])
-    parts = [jit_lab.draw_batch(config, data, 5, slice(part, None, 2), "cpu") for part in (0, 1)]
-    assert all(part[2:] == first[2:] for part in parts)  # all passes and processes cut the same place
-    assert all(torch.equal(part[0], first[0][k::2]) for k, part in enumerate(parts))
-
-
-# ---- the flow ----
-
-
-def exact_model(config, answer):
-    """A `network` that always knows the data: what it outputs is what config.predict asks for."""
-
-    class Oracle(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.anchor = torch.nn.Parameter(torch.zeros(1))
-
-        def forward(self, x_t, t, y, top_idx=0, left_idx=0):
-            data = answer(x_t, t, y)
-            if config.predict == "x":
-                return data
-            if config.predict == "v":
-                return (data - x_t) / max(1 - t, 1e-9)
-            return (x_t - t * data) / max(1 - t, 1e-9)
-
-    return Oracle()
-
-
-@pytest.mark.parametrize("predict", ["x", "v"])
-@pytest.mark.parametrize("solver", ["euler", "heun"])
-@pytest.mark.parametrize("steps", [1, 50, 200])
-def test_exact_velocity_of_a_point_leads_to_the_point(tiny_config, predict, solver, steps):
-    config = tiny_config(predict=predict)
-    data = jit_lab.rgb_to_lab(torch.rand(1, 3, 16, 16))
-    model = exact_model(config, lambda x_t, t, y: data.expand_as(x_t))
-    drawn = sample(model, config, [0, 1], steps=steps, solver=solver)
-    assert (drawn - jit_lab.lab_to_rgb(data)).abs().max() < 2e-3
-
-
-def test_exact_velocity_of_a_gaussian_integrates_to_the_gaussian(tiny_config):
-    """Data N(m, s^2), noise N(0, 1): x_hat = m + s^2 t (x_t - t m) / ((1 - t)^2 + s^2 t^2). No network is involved."""
-    mean, std = 0.3, 0.2
-    config = tiny_config(space="rgb")
-
-    def x_hat(x, t, y):
-        return mean + std**2 * t * (x - t * mean) / ((1 - t) ** 2 + std**2 * t**2)
-
-    drawn = sample(exact_model(config, x_hat), config, range(64), steps=100, solver="heun") * 2 - 1
-    assert abs(drawn.mean().item() - mean) < 0.01 and abs(drawn.std().item() - std) < 0.01
-
-
-def test_trajectory_starts_at_the_noise_of_the_seed_and_ends_at_the_data(tiny_config):
-    config = tiny_config()
-    data = torch.full((1, 3, 16, 16), 0.1)
-    seen = []
-    model = exact_model(config, lambda x_t, t, y: data.expand_as(x_t))
-    sample(model, config, [7], lambda x, t: seen.append((t, x)), steps=10)
-    assert [round(t, 6) for t, _ in seen] == [i / 10 for i in range(11)]
-    noise = common.noise_for([7], (3, 16, 16), "cpu")
-    for t, x in seen:
-        assert torch.allclose(x, (1 - t) * noise + t * data, atol=1e-4)
-
-
-@pytest.mark.parametrize("predict", ["x", "v", "eps"])
-@pytest.mark.parametrize("loss", ["v", "x"])
-def test_loss_is_zero_for_the_right_answer_and_only_for_it(tiny_config, predict, loss):
-    config = tiny_config(predict=predict, loss=loss)
-    data, noise, t = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.tensor([0.1, 0.4, 0.6, 0.9])
-    x_t, mask = common.flow_point(noise, data, t), torch.ones(4, 3, 1, 1)
-    right = {"x": data, "v": data - noise, "eps": noise}
-    assert jit_lab.flow_loss(config, right[predict], x_t, data, t, mask).max() < 1e-8
-    for wrong in [-right[predict], *(v for k, v in right.items() if k != predict)]:
-        assert jit_lab.flow_loss(config, wrong, x_t, data, t, mask).min() > 1e-2
-
-
-def test_velocity_loss_is_the_text_of_the_post_and_data_loss_its_code(tiny_config):
-    x_0, x_1, x_hat = torch.randn(3, 4, 3, 8, 8).unbind(0)
-    t, mask = torch.tensor([0.0, 0.3, 0.5, 0.8]), (torch.rand(4, 3, 1, 1) > 0.5).float()
-    x_t, wide = common.flow_point(x_0, x_1, t), t.view(-1, 1, 1, 1)
-    text = (((x_hat - x_t) / (1 - wide) - (x_1 - x_0)) ** 2 * mask).mean(dim=(1, 2, 3))
-    code = (((x_hat - x_0) - (x_1 - x_0)) ** 2 * mask).mean(dim=(1, 2, 3))
-    assert torch.allclose(jit_lab.flow_loss(tiny_config(loss="v"), x_hat, x_t, x_1, t, mask), text, rtol=1e-4)
-    assert torch.allclose(jit_lab.flow_loss(tiny_config(loss="x"), x_hat, x_t, x_1, t, mask), code, rtol=1e-4)
-
-
-def test_training_times_follow_their_law(tiny_config):
-    normal = torch.logit(jit_lab.draw_times(tiny_config(time_mean=-0.8, time_std=0.6), common.Draw(20_000, 0)))
-    assert abs(normal.mean() + 0.8) < 0.02 and abs(normal.std() - 0.6) < 0.02
-    flat = jit_lab.draw_times(tiny_config(time="uniform"), common.Draw(20_000, 0))
-    assert (torch.histc(flat, 10, 0, 1) / 2000 - 1).abs().max() < 0.1
-
-
-def test_guidance_one_is_conditional_zero_is_not_and_more_leads_further(tiny_config):
-    config = tiny_config(num_classes=2, space="rgb")
-    model = exact_model(config, lambda x_t, t, y: torch.tensor([0.1, 0.3, 0.2])[y].view(-1, 1, 1, 1).expand_as(x_t))
-
-    def drawn(cfg, label=1):
-        return (sample(model, config, [0], steps=4, cfg=cfg, label=label) * 2 - 1).mean().item()
-
-    assert drawn(1) == pytest.approx(0.3, abs=1e-5)  # the label's own
-    assert drawn(0) == pytest.approx(0.2, abs=1e-5)  # row 2, the null label
-    assert drawn(3) == pytest.approx(0.2 + 3 * (0.3 - 0.2), abs=1e-5)
-    assert drawn(1, label=0) == pytest.approx(0.1, abs=1e-5)
-
-
-def test_picture_depends_on_its_seed_alone(tiny_config, awake_model):
-    config = tiny_config()
-    model = awake_model(config)
-    together = sample(model, config, range(10, 15), steps=3, batch_size=5)
-    apart = sample(model, config, range(12, 15), steps=3, batch_size=2)
-    assert torch.allclose(together[2:], apart, atol=1e-5)
-    assert not torch.allclose(together[0], together[1], atol=1e-2)
-
-
-def test_clamp_keeps_x_hat_in_range(tiny_config):
-    config = tiny_config(space="rgb")
-    model = exact_model(config, lambda x_t, t, y: torch.full_like(x_t, 3.0))
-    seen = []
-    sample(model, config, [0], lambda x, t: seen.append(x), steps=2, clamp=True)
-    assert (seen[-1] == 1).all()
-
-
-def test_clamp_keeps_the_guided_x_hat_in_range_too(tiny_config):
-    """1 with the label and 0.5 without come to 2 where guidance is 3, which is out of range, as neither of them is."""
-    config = tiny_config(space="rgb")
-    model = exact_model(config, lambda x_t, t, y: (0.5 + 0.5 * (y == 0)).view(-1, 1, 1, 1).expand_as(x_t))
-    for clamp, end in ((False, 2.0), (True, 1.0)):
-        seen = []
-        sample(model, config, [0], lambda x, t, seen=seen: seen.append(x), steps=2, cfg=3.0, clamp=clamp)
-        assert torch.allclose(seen[-1], torch.full_like(seen[-1], end), atol=1e-6)
-
-
-def test_eps_holds_every_step_back_but_the_last(tiny_config):
-    """Where 1 - t counts as 1, a quarter of the way is a quarter of what is left."""
-    config = tiny_config(space="rgb", eps_sample=1.0)
-    model = exact_model(config, lambda x_t, t, y: torch.ones_like(x_t))
-    seen = []
-    sample(model, config, [0], lambda x, t: seen.append(x), steps=4)
-    for k in range(4):
-        assert torch.allclose(1 - seen[k], 0.75**k * (1 - seen[0]), atol=1e-6)
-    assert torch.allclose(seen[4], torch.ones_like(seen[4]), atol=1e-6)
-
-
-# ---- published weights ----
-
-
-def test_config_is_recovered_from_a_bare_state_dict():
-    made = dict(TINY, num_classes=7, in_context_len=3, depth=12, hidden_size=32, num_heads=2)
-    config = jit_lab.config_of_weights(jit_lab.build_model(Config(**made)).state_dict())
-    assert {k: getattr(config, k) for k in made} == made
-    assert config.in_context_start == 4 and config.space == "rgb"
-
-
-def test_official_checkpoint_loads_with_its_namespace(tmp_path, tiny_config, awake_model):
-    model = awake_model(tiny_config())
+    ours = jit_lab.sample(model, config, num=1, steps=2, seed=3, precision="fp32")
+    assert names["rgb"].shape == (80, 80, 3)
+    assert (ours - jit_lab.lab_to_rgb(names["pred_x1"].clamp(-1, 1))).abs().max() < 1e-4
+    assert (ours[0].permute(1, 2, 0) - torch.from_numpy(names["rgb"])).abs().max() < 2e-3
+
+
+def test_official_checkpoint_loads_with_its_namespace_sizes_and_space(tmp_path):
+    sizes = dict(input_size=16, patch_size=4, hidden_size=32, depth=12, num_heads=2, num_classes=7, bottleneck_dim=8)
+    model = JiT(**sizes, in_context_len=3, in_context_start=4).eval()
+    for p in model.parameters():
+        p.data.normal_(std=0.2)
     state = {f"net.{k}": v for k, v in model.state_dict().items()}
     content = {"model": {}, "model_ema1": state, "model_ema2": {}, "epoch": 3, "args": argparse.Namespace(lr=1e-4)}
     torch.save(content, tmp_path / "jit.pth")
-    loaded, _ = jit_lab.load_model(tmp_path / "jit.pth", "cpu")
-    x, y = torch.randn(1, 3, 16, 16), torch.zeros(1, dtype=torch.long)
+    loaded, config = jit_lab.load_model(tmp_path / "jit.pth", "cpu")
+    x, y = torch.randn(1, 3, 16, 16), torch.tensor([6])
     assert torch.equal(loaded(x, 0.5, y), model(x, 0.5, y))
-
-
-class Bomb:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
-
-
-@pytest.mark.parametrize("name", ["evil.safetensors", "evil.pth", "evil.bin"])
-def test_malicious_pickle_does_not_run(tmp_path, name):
-    (tmp_path / name).write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
-    with pytest.raises(UserError, match="not a readable weight file"):
-        jit_lab.load_model(tmp_path / name, "cpu")
-    torch.save({"model": Bomb(tmp_path / "ran")}, tmp_path / name)
-    with pytest.raises(UserError, match="not a readable weight file"):
-        jit_lab.load_model(tmp_path / name, "cpu")
-    assert not (tmp_path / "ran").exists()
+    assert (config.space, config.image_size, config.depth, config.num_heads) == ("rgb", 16, 12, 2)
 
 
 def test_checkpoint_that_does_not_fit_is_named(tmp_path, tiny_config):
-    config = tiny_config()
-    header = {"system": "jit_lab", "step": 0, "config": vars(config)}
-    weights = jit_lab.build_model(config).state_dict()
-    path = tmp_path / "model.safetensors"
+    config, path = tiny_config(), tmp_path / "model.safetensors"
+    weights, header = jit_lab.build_model(config).state_dict(), {"system": "jit_lab", "config": vars(config)}
 
     def message(weights, header=header):
         common.save_tensors(path, weights, header)
@@ -449,16 +384,10 @@ def test_checkpoint_that_does_not_fit_is_named(tmp_path, tiny_config):
             jit_lab.load_model(path, "cpu")
         return str(problem.value)
 
-    assert "blocks.0.norm1.weight is missing" in message(
-        {k: v for k, v in weights.items() if k != "blocks.0.norm1.weight"}
-    )
+    assert "blocks.0.norm1.weight is missing" in message({k: weights[k] for k in weights if "0.norm1" not in k})
     assert "is (5,), not (32,)" in message(weights | {"blocks.0.norm1.weight": torch.zeros(5)})
     assert "checkpoint of dit_t2i" in message(weights, header | {"system": "dit_t2i"})
-    assert "no JiT checkpoint" in message({"weight": torch.zeros(3)}, None)
-    common.save_tensors(path, weights, header)
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match="not a readable weight file"):
-        jit_lab.load_model(path, "cpu")
+    assert "not a readable checkpoint of a JiT" in message({"weight": torch.zeros(3)}, None)
 
 
 # ---- novelty ----
@@ -467,8 +396,7 @@ def test_checkpoint_that_does_not_fit_is_named(tmp_path, tiny_config):
 def naive_lpips(a, b, trunk, heads):
     """LPIPS from the paper's formula, one layer and one distance at a time."""
     shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
-    a, b = (((x * 2 - 1).permute(0, 2, 3, 1) - shift) / scale for x in (a, b))
-    a, b = a.permute(0, 3, 1, 2), b.permute(0, 3, 1, 2)
+    a, b = ((((x * 2 - 1).permute(0, 2, 3, 1) - shift) / scale).permute(0, 3, 1, 2) for x in (a, b))
     total = 0
     layers = [(0, 4, 2, False), (3, 1, 2, True), (6, 1, 1, True), (8, 1, 1, False), (10, 1, 1, False)]
     for k, (index, stride, padding, pool) in enumerate(layers):
@@ -481,68 +409,102 @@ def naive_lpips(a, b, trunk, heads):
     return total
 
 
+@pytest.fixture
 def lpips_files(tmp_path):
-    draw = torch.Generator().manual_seed(0)
+    """(trunk, heads, (file of the trunk, file of the heads)), the same random weights each time."""
+    rng = torch.Generator().manual_seed(0)
     sizes = {0: (64, 3, 11, 11), 3: (192, 64, 5, 5), 6: (384, 192, 3, 3), 8: (256, 384, 3, 3), 10: (256, 256, 3, 3)}
     trunk = {"classifier.1.weight": torch.zeros(4, 4)}  # a real file has the classifier too
     for k, size in sizes.items():
-        trunk[f"features.{k}.weight"] = torch.randn(size, generator=draw) / math.sqrt(math.prod(size[1:]))
-        trunk[f"features.{k}.bias"] = torch.randn(size[0], generator=draw) * 0.1
-    heads = {f"lin{k}.model.1.weight": torch.rand(1, s[0], 1, 1, generator=draw) for k, s in enumerate(sizes.values())}
+        trunk[f"features.{k}.weight"] = torch.randn(size, generator=rng) / math.sqrt(math.prod(size[1:]))
+        trunk[f"features.{k}.bias"] = torch.randn(size[0], generator=rng) * 0.1
+    heads = {f"lin{k}.model.1.weight": torch.rand(1, s[0], 1, 1, generator=rng) for k, s in enumerate(sizes.values())}
     torch.save(trunk, tmp_path / "alexnet.pth")
     save_file(heads, tmp_path / "heads.safetensors")
     return trunk, heads, (tmp_path / "alexnet.pth", tmp_path / "heads.safetensors")
 
 
-def test_files_that_are_not_those_of_lpips_are_named(tmp_path):
-    _, heads, files = lpips_files(tmp_path)
-    del heads["lin3.model.1.weight"]
-    save_file(heads, files[1])
-    with pytest.raises(UserError, match=r"heads.safetensors holds no lin3\.model\.1\.weight; it should be"):
-        jit_lab.Lpips.load(*files)
-
-
-def test_lpips_equals_its_formula(tmp_path):
-    trunk, heads, files = lpips_files(tmp_path)
-    metric = jit_lab.Lpips.load(*files)
-    a, b = torch.rand(3, 3, 80, 80), torch.rand(3, 3, 80, 80)
-    with torch.no_grad():
-        ours = (metric.describe(a) - metric.describe(b)).square().sum(1)
-    assert torch.allclose(ours, naive_lpips(a, b, trunk, heads), rtol=1e-4)
-
-
-def test_lpips_equals_the_reference_package(tmp_path):
+def test_lpips_equals_its_formula_and_the_reference_package(lpips_files):
     """tests/fixtures/lpips.json: distances that the package lpips 0.1.4 gives for these weights and pictures."""
-    _, _, files = lpips_files(tmp_path)
-    golden = json.loads((FIXTURES / "lpips.json").read_text())
+    trunk, heads, files = lpips_files
+    lpips = common.Lpips.load(*files)
     x = torch.rand(4, 3, 80, 80, generator=torch.Generator().manual_seed(1))
-    metric = jit_lab.Lpips.load(*files)
-    with torch.no_grad():
-        ours = (metric.describe(x[:2]) - metric.describe(x[2:])).square().sum(1)
+    ours = (lpips(x[:2]) - lpips(x[2:])).square().sum(1)
+    assert torch.allclose(ours, naive_lpips(x[:2], x[2:], trunk, heads), rtol=1e-4)
+    golden = json.loads((FIXTURES / "lpips.json").read_text())
     assert torch.allclose(ours, torch.tensor(golden["distances"]), rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["pixels", "lpips"])
-def test_nearest_picture_is_the_one_a_loop_finds(tmp_path, kind):
-    metric = jit_lab.MultiscalePixels() if kind == "pixels" else jit_lab.Lpips.load(*lpips_files(tmp_path)[2])
+def test_nearest_picture_is_the_one_that_a_loop_finds(lpips_files, kind):
+    metric = jit_lab.pixel_features if kind == "pixels" else common.Lpips.load(*lpips_files[2])
     pictures = torch.randint(0, 256, (60, 3, 40, 40), dtype=torch.uint8)
     queries = (pictures[[7, 31]] / 255 + 0.02 * torch.randn(2, 3, 40, 40)).clamp(0, 1)
     distances, index = jit_lab.nearest(metric, queries, pictures, batch_size=13)
-    with torch.no_grad():
-        described = [metric.describe(p[None] / 255)[0] for p in pictures]
-        for i in range(2):
-            each = [(metric.describe(queries[i : i + 1])[0] - d).square().sum().item() for d in described]
-            assert index[i] == int(np.argmin(each)) and distances[i].item() == pytest.approx(min(each), rel=1e-2)
+    features = metric(pictures / 255)
+    for i in range(2):
+        each = [(metric(queries[i : i + 1])[0] - f).square().sum().item() for f in features]
+        assert index[i] == int(np.argmin(each)) and distances[i].item() == pytest.approx(min(each), rel=1e-2)
     assert index.tolist() == [7, 31]
-    itself, found = jit_lab.nearest(metric, pictures[:20] / 255, pictures, skip_self=True, batch_size=13)
-    assert (found != torch.arange(20)).all() and (itself > distances.max()).all()
+    others, found = jit_lab.nearest(metric, pictures[:20] / 255, pictures, skip_self=True, batch_size=13)
+    assert (found != torch.arange(20)).all() and (others > distances.max()).all()
 
 
-def test_multiscale_pixel_distance_is_the_mean_over_three_scales():
+def test_pixel_distance_is_the_mean_over_three_scales():
     a, b = torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 16)
     by_hand = 0
     for k in (1, 2, 4):
         small = [x.reshape(3, 16 // k, k, 16 // k, k).mean(dim=(2, 4)) for x in (a, b)]
         by_hand += (small[0] - small[1]).square().mean() / 3
-    metric = jit_lab.MultiscalePixels()
-    assert torch.allclose((metric.describe(a) - metric.describe(b)).square().sum(), by_hand, rtol=1e-4)
+    ours = (jit_lab.pixel_features(a) - jit_lab.pixel_features(b)).square().sum()
+    assert torch.allclose(ours, by_hand, rtol=1e-4)
+
+
+def test_novelty_names_the_training_picture_that_a_sample_copies(
+    tmp_path, folder, tiny_config, lpips_files, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config(image_size=32, data=(str(folder),))
+    header = {"system": "jit_lab", "config": vars(config)}
+    common.save_tensors("model.safetensors", jit_lab.build_model(config).state_dict(), header)
+    pictures = common.load_pictures([folder], 32).pictures
+    monkeypatch.setattr(jit_lab, "sample", lambda *arguments: pictures[[5, 17, 2]] / 255)
+    words = f"novelty --weights model.safetensors --num 3 --seed 4 --alexnet {lpips_files[2][0]} --lpips".split()
+    assert jit_lab.main([*words, str(lpips_files[2][1])]) == 0
+    rows = list(csv.DictReader((tmp_path / "samples" / "jit_lab_novelty.csv").open()))
+    assert [(row["seed"], row["nearest"]) for row in rows] == [("4", "05.png"), ("5", "17.png"), ("6", "02.png")]
+    assert all(float(row["distance"]) < 1e-4 for row in rows)
+    assert "0 of 3 at 0.25 or more" in capsys.readouterr().out
+    sheet = np.asarray(Image.open(tmp_path / "samples" / "jit_lab_novelty.png"))
+    assert (sheet[:32, :32] == sheet[:32, 32:64]).all()  # the copy beside its original
+
+
+# ---- the command line ----
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("train --patch-size 5", "--patch-size 5 does not divide --image-size 16"),
+        ("train --num-heads 5", "--hidden-size 32 must be a multiple of 4 x --num-heads 5"),
+        ("train --lab-noise 1 1", "give three numbers"),
+        ("sample --label 1", "labels 0 to 0"),
+        ("sample --cfg 3", "leave it out"),
+        ("novelty --alexnet a.pth", "LPIPS needs two files"),
+        ("novelty", "the training pictures (gone) are not here"),
+    ],
+)
+def test_mistakes_are_one_line_that_says_what_to_do(tmp_path, folder, tiny_config, words, message, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config(data=("gone",))
+    header = {"system": "jit_lab", "config": vars(config)}
+    common.save_tensors("model.safetensors", jit_lab.build_model(config).state_dict(), header)
+    words = words.split()
+    if words[0] == "train":
+        small = "--image-size 16 --patch-size 4 --hidden-size 32 --steps 1".split()
+        words = ["train", "--data", str(folder), *small, *words[1:]]
+    else:
+        words += ["--weights", "model.safetensors"]
+    assert jit_lab.main(words) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error

@@ -47,7 +47,7 @@ def without(monkeypatch, seed, blank=None, size=64):
 
 @pytest.fixture(scope="module")
 def captions():
-    return [paint_scene(seed, 16)[1] for seed in range(5000)]
+    return [paint_scene(seed, 16)[1] for seed in range(3000)]
 
 
 def test_a_scene_is_a_function_of_its_number_alone():
@@ -60,7 +60,7 @@ def test_a_scene_is_a_function_of_its_number_alone():
 
 
 def test_no_two_scenes_are_equal():
-    assert len({paint_scene(seed)[0].tobytes() for seed in range(5000)}) > 4990
+    assert len({paint_scene(seed, 32)[0].tobytes() for seed in range(1500)}) > 1495
 
 
 def test_captions_follow_the_grammar_and_use_everything(captions):
@@ -70,7 +70,7 @@ def test_captions_follow_the_grammar_and_use_everything(captions):
     assert set(seen[2]) == set(THINGS) and set(seen[5]) == {None, *THINGS}
     assert set(seen[3]) == {None, *RELATIONS}
     assert set(seen[6]) == {None, *PLACES} and set(seen[7]) == {None, *BACKGROUNDS}
-    assert min(seen[1].values()) > 300 and min(seen[2].values()) > 120  # none is rare
+    assert min(seen[1].values()) > 180 and min(seen[2].values()) > 70  # none is rare
     assert len(THINGS) >= 18 and len(COLOURS) >= 11 and len(BACKGROUNDS) >= 12
 
 
@@ -86,7 +86,7 @@ def test_captions_are_short_plain_and_spelt_right(captions):
 
 def test_the_colour_in_the_caption_is_the_colour_of_the_thing(monkeypatch):
     singles = 0
-    for seed in range(1500):
+    for seed in range(600):
         picture, caption, _ = paint_scene(seed)
         _, colour, _, relation, *_ = parse(caption)
         if relation:
@@ -96,14 +96,14 @@ def test_the_colour_in_the_caption_is_the_colour_of_the_thing(monkeypatch):
         share = {name: (far(area, pure) < 50).mean() for name, pure in PURE.items()}
         assert share[colour] > 0.2 and share[colour] == max(share.values()), (seed, caption, share)
         singles += 1
-    assert singles > 1000
+    assert singles > 400
 
 
 def test_things_are_where_the_caption_says(monkeypatch):
     monkeypatch.setitem(TABLES, "details", dict.fromkeys(TABLES["details"], (0, 255, 0)))  # only bodies are left to see
     rows, columns = np.mgrid[-1:1:64j, -1:1:64j]
     checked = Counter()
-    for seed in range(2500):
+    for seed in range(1200):
         picture, caption, _ = paint_scene(seed)
         picture = np.asarray(picture, float)
         _, colour, _, relation, colour2, _, place, _ = parse(caption)
@@ -120,7 +120,7 @@ def test_things_are_where_the_caption_says(monkeypatch):
             assert middle @ step > 0.2 or not place, (seed, caption)
             assert np.abs(middle * (step == 0)).max() < 0.2, (seed, caption)  # and nowhere else than there
         checked[relation or place] += 1
-    assert min(checked.values()) > 50 and len(checked) == 9
+    assert min(checked.values()) > 24 and len(checked) == 9
 
 
 def test_sizes_can_be_told_apart(monkeypatch):
@@ -136,7 +136,7 @@ def test_sizes_can_be_told_apart(monkeypatch):
 
 def test_two_things_never_touch_and_differ(monkeypatch):
     pairs = 0
-    for seed in range(2000):
+    for seed in range(1000):
         caption = paint_scene(seed)[1]
         _, colour, thing, relation, colour2, thing2, *_ = parse(caption)
         if not relation:
@@ -148,7 +148,7 @@ def test_two_things_never_touch_and_differ(monkeypatch):
             second = far(without(monkeypatch, seed, blank=thing), empty) > 45
             assert first.any() and second.any() and (first & second).sum() <= 2, (seed, caption)
             pairs += 1
-    assert pairs > 300
+    assert pairs > 150
 
 
 def test_every_thing_stays_inside_its_frame():
@@ -166,7 +166,7 @@ def test_things_stand_out_from_their_background(monkeypatch):
         assert len(phrases) >= 3 and not any(colour in phrase.split() for phrase in phrases)
         for other, others in seen_on.items():
             assert phrases & others, (colour, other)  # every pair of colours has a background
-    for seed in range(1500):
+    for seed in range(600):
         picture, caption, _ = paint_scene(seed)
         picture, empty = np.asarray(picture, float), without(monkeypatch, seed)
         body = far(picture, PURE[parse(caption)[1]]) < 42

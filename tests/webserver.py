@@ -68,8 +68,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send_kind(self, kind, whole):
         code, length, headers = 200, None, {}
-        if kind in ("404", "500") or (kind == "later" and self.server.asked[self.path] == 1):
-            code = 500 if kind == "later" else int(kind)
+        if kind in ("404", "500"):
+            code = int(kind)
         elif kind == "moved":
             code, headers = 302, {"Location": self.server.elsewhere.encode().decode("latin-1")}  # as http.server wants
         elif kind == "declined":

@@ -1,0 +1,133 @@
+"""README.md and docs/ stay true: their commands parse, and what they name exists.
+
+`python tests/test_docs.py` corrects the line numbers in links such as [JiT](jit_lab.py#L219).
+"""
+
+import ast
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = {path: path.read_text() for path in DOCS}
+SYSTEMS = "jit_lab", "unet_ddpm", "serpentine_vae", "dit_t2i"
+LINE_LINK = re.compile(r"\[(\w+)\]\((\w+\.py)#L(\d+)\)")
+
+
+def load(file):
+    """The module of a file such as "experiments/emoji.py"."""
+    if "/" not in file:
+        return importlib.import_module(file[:-3])
+    spec = importlib.util.spec_from_file_location(Path(file).stem, ROOT / file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def line_of(name, file):
+    """The line of a file on which a function or class is defined, 0 if nowhere."""
+    lines = (ROOT / file).read_text().splitlines()
+    return next((i for i, line in enumerate(lines, 1) if re.match(rf"(def|class) {name}\b", line)), 0)
+
+
+def with_right_lines(text):
+    return LINE_LINK.sub(lambda m: f"[{m[1]}]({m[2]}#L{line_of(m[1], m[2])})", text)
+
+
+def code_of(text):
+    """The code blocks without a language, and what stands between backticks and begins with python."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S)
+    return [block for language, block in blocks if not language] + re.findall(r"`(python [^`\n]+)`", text)
+
+
+def commands():
+    """(where, file, words) of each command: in code blocks, between backticks, and in the files' docstrings."""
+    texts = {path.name: "\n".join(code_of(text)) for path, text in TEXT.items()}
+    for name in SYSTEMS:
+        texts[f"{name}.py"] = ast.get_docstring(ast.parse((ROOT / f"{name}.py").read_text()))
+    for where, text in texts.items():
+        for line in text.replace("\\\n", " ").splitlines():
+            found = re.match(r"\s*(?:python|torchrun .*?) ?((?:experiments/)?\w+\.py)(?: (.*))?$", line)
+            if found and "FILE.py" not in line:
+                # In a docstring, what a command does follows after two spaces; in a code block, after a #.
+                words = found[2] or ""
+                if where.endswith(".py"):
+                    words = re.split(r"\s{2,}(?=[^\s-])", words)[0]
+                yield where, found[1], tuple(shlex.split(words, comments=True))
+
+
+@pytest.mark.parametrize("file", [f"{name}.py" for name in SYSTEMS] + ["experiments/emoji.py"])
+def test_each_command_is_accepted_by_its_own_parser(file, monkeypatch, capsys):
+    module, given = load(file), []
+    table = module.COMMANDS if "/" in file else module.SUBCOMMANDS
+    for name, (_, *rest) in table.items():
+        monkeypatch.setitem(table, name, (given.append, *rest))
+    lines = {(where, words) for where, name, words in commands() if name == file and "--help" not in words}
+    for where, words in lines:
+        assert module.main(list(words)) == 0, (where, words, capsys.readouterr().err)
+    assert len(given) == len(lines) > 0
+    assert {words[0] for where, words in lines if where.endswith(".md")} == set(table)  # each is in some document
+
+
+def test_rows_of_the_benchmark_exist():
+    bench = load("experiments/bench.py")
+    for _, name, words in commands():
+        if name == "experiments/bench.py":
+            assert set(bench.parse(words).rows) <= set(bench.ROWS)
+
+
+def test_links_pictures_and_headings_exist():
+    headings = {path: {re.sub(r"[^\w\- ]", "", line).strip().lower().replace(" ", "-")
+                       for line in re.findall(r"^#+ (.*)$", text, re.M)} for path, text in TEXT.items()}  # fmt: skip
+    for path, text in TEXT.items():
+        for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", text):
+            if target.startswith("http"):
+                continue
+            file = (path.parent / target).resolve() if target else path
+            assert file.exists(), (path.name, target)
+            if anchor and file.suffix == ".md":
+                assert anchor in headings[file], (path.name, target, anchor)
+
+
+def test_links_to_lines_lead_to_what_they_name():
+    assert LINE_LINK.search(TEXT[DOCS[0]])
+    for text in TEXT.values():
+        for name, file, line in LINE_LINK.findall(text):
+            assert line_of(name, file) == int(line), f"{name} in {file}; python tests/test_docs.py corrects the numbers"
+
+
+def test_functions_and_options_that_the_documents_name_exist():
+    options = set()
+    for name in SYSTEMS:
+        for _, config_class, *_ in load(f"{name}.py").SUBCOMMANDS.values():
+            options |= {load("common.py").flag_of(field) for field in config_class.__dataclass_fields__.values()}
+    torchrun = {"--max-restarts", "--shutdown-timeout", "--nproc-per-node", "--nnodes"}
+    for path, text in TEXT.items():
+        for name, attributes in re.findall(rf"`({'|'.join(SYSTEMS)}|common)\.(\w+(?:\.\w+)?)\b", text):
+            thing = load(f"{name}.py")
+            for attribute in attributes.split("."):
+                thing = getattr(thing, attribute, None) if attributes != "py" else thing
+                assert thing is not None, (path.name, name, attributes)
+        for flag in re.findall(r"(?<!\S)`(--[a-z-]+)", text):
+            assert flag in options | torchrun | {"--preset", "--help", "--repo"}, (path.name, flag)
+
+
+def test_each_picture_in_assets_is_in_a_document():
+    shown = "".join(TEXT.values())
+    assert [p.name for p in (ROOT / "assets").glob("*") if p.suffix != ".json" and p.name not in shown] == []
+
+
+def test_the_readme_s_python_snippet_runs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", TEXT[DOCS[0]], re.S)[1].replace("steps=50", "steps=2"), names)
+    assert names["rgb"].shape == (4, 3, 80, 80) and names["rgb"].min() >= 0 and names["rgb"].max() <= 1
+
+
+if __name__ == "__main__":
+    for path in DOCS:
+        path.write_text(with_right_lines(path.read_text()))

@@ -550,14 +550,16 @@ class Lpips(nn.Module):
         self.heads = nn.ParameterList(torch.ones(width) for width in (64, 192, 384, 256, 256))
 
     @classmethod
-    def load(cls, alexnet, heads):
+    def load(cls, alexnet, heads=None):
         """From torchvision's AlexNet weights and LPIPS' linear heads (its package's weights/v0.1/alex.pth), .pth or
-        .safetensors. Raises UserError."""
-        lpips, (trunk, _), (linear, _) = cls(), load_tensors(alexnet), load_tensors(heads)
+        .safetensors; layers() needs no heads. Raises UserError."""
+        lpips, (trunk, _) = cls(), load_tensors(alexnet)
         trunk = {name.removeprefix("features."): t for name, t in trunk.items() if name.startswith("features.")}
         load_into(lpips.features, trunk, alexnet)
-        linear = {name[3]: t.flatten() for name, t in linear.items() if name.endswith(".model.1.weight")}
-        load_into(lpips.heads, linear, heads)
+        if heads:
+            linear = load_tensors(heads)[0]
+            linear = {name[3]: t.flatten() for name, t in linear.items() if name.endswith(".model.1.weight")}
+            load_into(lpips.heads, linear, heads)
         return lpips.eval().requires_grad_(False)
 
     def layers(self, rgb):

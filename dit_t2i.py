@@ -472,9 +472,9 @@ MAX_WORDS = 16  # of a caption, for a table of words
 
 
 class Words:
-    """Captions as numbers of words, which the model's own table turns into vectors.
+    """Captions as word numbers, (B, length), which the model's own table turns into vectors.
 
-    Articles are left out, unknown words too. 0 fills a caption up to `length`, so "" is all zeros.
+    Articles and unknown words are left out. Captions are padded with 0, so "" is all zeros.
     """
 
     def __init__(self, vocabulary, length):
@@ -948,9 +948,8 @@ class Stream:
         Image.init()  # loads Pillow's formats, before several threads would at the same time
         self.pool = concurrent.futures.ThreadPoolExecutor(config.threads)
         self.gates = [threading.Semaphore(PER_HOST) for _ in range(1024)]  # one for each host, by a hash of its name
-        # Decoded pictures by URL; the oldest is dropped first.
         budget = CACHE_BYTES // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        self.cache, self.cache_size = {}, budget // (3 * config.image_size**2)
+        self.cache, self.cache_size = {}, budget // (3 * config.image_size**2)  # URL -> decoded picture, oldest first
         # Rows under way: enough that the threads have work during a step, few enough to fit into memory.
         self.window = 4 * config.threads + 2 * config.batch_size // (config.grad_accum * self.world)
         count = SHOWN if config.clip else VOCABULARY_CAPTIONS
@@ -997,7 +996,7 @@ class Stream:
     def fetch(self, count, stopped=lambda: False):
         """Have the next `count` samples ready for read(); False if stopped() became true before. Raises UserError if
         two passes gave no picture."""
-        self.before = {"place": self.place, "counts": dict(self.counts)}
+        self.before = self.state()
         while len(self.ready) < count:
             while len(self.ahead) < self.window:
                 place, row = next(self.rows)

@@ -1,8 +1,8 @@
 """Flow matching against DDPM: one ADM U-Net, the same pictures, noise and number of steps, two objectives.
 
 This is the system of the write-up "Toy-Diffusion", from data to comparison. Flow matching: t = 0 is NOISE and t = 1 is
-DATA, as in the write-up's code. DDPM: timestep 0 is nearly DATA and timestep 999 nearly NOISE. The network is given
-999 t of the one and the timestep of the other: the same range, in opposite directions.
+DATA. DDPM: timestep 0 is nearly DATA and timestep 999 nearly NOISE. Both give the network a number from 0 to 999, flow
+matching 999 t and DDPM the timestep, and the two run in opposite directions.
 
     python unet_ddpm.py sample --num 16 --steps 20            from the run in runs/, else the weights in weights/
     python unet_ddpm.py train                                 flow matching, ten minutes on two CPU cores, painted faces
@@ -18,21 +18,21 @@ DDPM's near 0.08, 0.05 and 0.04 (losses of different targets do not compare). 2,
 two cores with AVX512-BF16. Samples are faces in tatters after one minute, faces after three, with clean lines from five
 on.
 
-| in the write-up         | here     | shape        | equation                                               |
-|-------------------------|----------|--------------|--------------------------------------------------------|
-| data                    | x        | (B, C, H, W) | latents of the VAE, or pixels after pixel_unshuffle    |
-| noise                   | noise    | (B, C, H, W) | N(0, I)                                                |
-| t of flow matching      | u        | (B,)         | uniform in [0, 1)                                      |
-| x_t of flow matching    | x_t      | (B, C, H, W) | (1 - t) noise + t data                                 |
-| velocity                | velocity | (B, C, H, W) | data - noise                                           |
-| t of DDPM               | t        | (B,)         | floor(1000 u)                                          |
-| x_t of DDPM             | x_t      | (B, C, H, W) | sqrt(alpha_bar_t) data + sqrt(1 - alpha_bar_t) noise   |
-| eps                     | eps      | (B, C, H, W) | the noise in x_t                                       |
-| v (not in the write-up) | target   | (B, C, H, W) | sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) data   |
+| in the write-up           | here          | shape        | equation                                               |
+|---------------------------|---------------|--------------|--------------------------------------------------------|
+| data                      | x             | (B, C, H, W) | latents of the VAE, or pixels after pixel_unshuffle    |
+| noise                     | noise         | (B, C, H, W) | N(0, I)                                                |
+| time of flow matching     | u, t          | (B,)         | uniform in [0, 1)                                      |
+| x_t of flow matching      | x_t           | (B, C, H, W) | (1 - t) noise + t data                                 |
+| velocity                  | target        | (B, C, H, W) | data - noise                                           |
+| time of DDPM              | timestep      | (B,)         | floor(1000 u)                                          |
+| x_t of DDPM               | x_t           | (B, C, H, W) | sqrt(alpha_bar_t) data + sqrt(1 - alpha_bar_t) noise   |
+| eps                       | target, eps   | (B, C, H, W) | the noise in x_t                                       |
+| v (not in the write-up)   | target        | (B, C, H, W) | sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) data   |
 
 | part of the write-up               | where                                                                |
 |------------------------------------|----------------------------------------------------------------------|
-| Flow Matching; DDPM                | flow_loss, flow_sample; ddpm_loss, ddpm_sample                       |
+| Flow Matching; DDPM                | flow_pair, flow_sample; ddpm_pair, ddpm_sample                       |
 | Model: 281M-parameter U-Net, AdamW | UNetModel; PRESETS["paper"]                                          |
 | Latent space: FLUX.2's VAE         | encode, Data; common.AutoencoderKL                                   |
 | standard, fine, stage2             | train --stage standard, exclude, finetune; names_left_out            |
@@ -49,7 +49,6 @@ import dataclasses
 import difflib
 import functools
 import importlib.util
-import io
 import itertools
 import sys
 from pathlib import Path
@@ -66,6 +65,8 @@ from common import BatchRng, UserError, autocast, generator, load_into, load_ten
 # ----------------------------------------------------------------------------------------------------------------
 # Configuration
 
+STAGES = "standard", "exclude", "finetune"
+
 
 @dataclasses.dataclass
 class Config(common.TrainConfig):
@@ -77,11 +78,7 @@ class Config(common.TrainConfig):
     fold: int = option(2, "without a VAE: pixel_unshuffle factor, squares of fold x fold pixels become channels", low=1)
     flip: float = option(0.0, "part of the pictures that are mirrored", low=0.0, high=1.0)
     # Stage
-    stage: str = option(
-        "standard",
-        "standard: all pictures; exclude: those with none of --exclude-tags; finetune: those --from left out",
-        choices=("standard", "exclude", "finetune"),
-    )
+    stage: str = option("standard", "exclude: all but --exclude-tags; finetune: only what --from left out", STAGES)
     exclude_tags: tuple[str, ...] = option((), "tags whose pictures are left out")
     start: str = option("", "run of stage exclude to fine-tune; sets the model and the objective", flag="--from")
     # Objective
@@ -97,25 +94,21 @@ class Config(common.TrainConfig):
     group_channels: int = option(0, "channels per group of GroupNorm at widths below 256; 0: 32 groups always", low=0)
     dropout: float = option(0.0, "dropout within residual blocks", low=0.0, high=0.99)
     checkpointing: bool = option(False, "compute activations twice instead of keeping them: less memory, more time")
-    optimizer: str = option(
-        "adamw",
-        "adamw8bit is torchao's; auto: it, on a GPU that has torchao",
-        choices=("adamw", "adamw8bit", "auto"),
-    )
+    use_scale_shift_norm: bool = option(True, "the time scales and shifts each block; off: it is added to it")
+    optimizer: str = option("adamw", "auto: torchao's adamw8bit, on a GPU that has it", ("adamw", "adamw8bit", "auto"))
 
 
 PRESETS = {
     "demo": dict(minutes=10.0, lr=2e-3, group_channels=64),
-    # The write-up names the model, the latents, AdamW at 2e-4 with 5 % of warm-up, and bfloat16. Batch, length, EMA
-    # (0.999, the default), beta2 and weight decay are those of its author's later code, with 100 passes over 48,000
-    # pictures. The constant learning rate is a choice made here.
+    # The write-up names the model, the latents, AdamW at 2e-4 with 5 % of warm-up, and bfloat16. Batch, length (100
+    # passes over 48,000 pictures), beta2 and weight decay are those of its author's later code. Its warm-up and EMA
+    # (0.999) are the defaults here. The constant learning rate is a choice made here.
     "paper": dict(
         vae="weights/flux2-vae.safetensors",
         image_size=256,
         steps=75_000,
         batch_size=64,
         lr=2e-4,
-        warmup=0.05,
         decay="none",
         beta2=0.98,
         weight_decay=0.01,
@@ -127,14 +120,17 @@ PRESETS = {
         checkpoint_every=1000,
     ),
 }
-# What a fine-tuned network takes over from its base.
-MODEL_FIELDS = "model_channels channel_mult num_res_blocks attention_resolutions num_head_channels group_channels"
-MODEL_FIELDS = MODEL_FIELDS.split()
+# What a fine-tuned network takes over from the run it starts from.
+MODEL_FIELDS = ["model_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "num_head_channels"]
+MODEL_FIELDS += ["group_channels", "use_scale_shift_norm"]
 BASE_FIELDS = ["image_size", "fold", "objective", "predict", "betas", *MODEL_FIELDS]
 
 # ----------------------------------------------------------------------------------------------------------------
-# Two losses. Each takes the same data x, the same noise and the same u in [0, 1), and returns the loss of each picture
-# and its time, from 0 to 1, both (B,).
+# Two objectives. From the same data x (B, C, H, W), the same noise and the same u (B,) in [0, 1), each makes
+#   x_t       the noisy data, (B, C, H, W)
+#   target    what the network is to predict from x_t: the loss is the mean square of prediction - target
+#   timestep  the time as the network is given it, 0 to 999, (B,)
+#   t         the time from 0 to 1, (B,), by which the loss is logged
 
 TIMESTEPS = 1000
 
@@ -148,28 +144,28 @@ def alpha_bars(betas):
     return common.alphas_cumprod(common.linear_betas(TIMESTEPS, 0.00085**0.5, 0.012**0.5).square())
 
 
-def flow_loss(config, model, x, noise, u):
-    """Flow matching (Lipman et al. 2022, eq. 23 with sigma_min = 0): the network learns the velocity of a straight line
-    from noise at t = 0 to data at t = 1."""
+def flow_pair(config, x, noise, u):
+    """Flow matching (Lipman et al. 2022, eq. 23 with sigma_min = 0): a point on the straight line from noise at t = 0
+    to data at t = 1, and the velocity along that line."""
     # x_t = (1 - t) noise + t data
     x_t = common.flow_point(noise, x, u)
     # dx_t/dt = data - noise
     velocity = x - noise
-    return (model(x_t, (TIMESTEPS - 1) * u) - velocity).square().mean(dim=(1, 2, 3)), u
+    return x_t, velocity, (TIMESTEPS - 1) * u, u
 
 
-def ddpm_loss(config, model, x, noise, u):
-    """DDPM: the network learns the noise in x_t (Ho et al. 2020, eq. 14), or v (Salimans & Ho 2022, appendix D)."""
-    t = (TIMESTEPS * u).long()
-    alpha_bar = alpha_bars(config.betas).to(x.device)[t].view(-1, 1, 1, 1)
+def ddpm_pair(config, x, noise, u):
+    """DDPM: noisy data, and the noise in them (Ho et al. 2020, eq. 14) or v (Salimans & Ho 2022, appendix D)."""
+    timestep = (TIMESTEPS * u).long()
+    alpha_bar = alpha_bars(config.betas).to(x.device)[timestep].view(-1, 1, 1, 1)
     # x_t = sqrt(alpha_bar_t) data + sqrt(1 - alpha_bar_t) noise
     x_t = alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise
     # v = sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) data
-    target = noise if config.predict == "eps" else alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x
-    return (model(x_t, t.float()) - target).square().mean(dim=(1, 2, 3)), t / TIMESTEPS
+    v = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x
+    return x_t, noise if config.predict == "eps" else v, timestep.float(), timestep / TIMESTEPS
 
 
-LOSSES = {"flow": flow_loss, "ddpm": ddpm_loss}
+PAIRS = {"flow": flow_pair, "ddpm": ddpm_pair}
 
 # ----------------------------------------------------------------------------------------------------------------
 # Two samplers. network(x, t) is the model at one timestep for the whole batch.
@@ -189,7 +185,8 @@ def timesteps(steps):
 
 def ddpm_sample(config, network, x, steps, noise_fn, solver="ddim", eta=0.0, limit=None, callback=None):
     """From noise x at timestep 999 to data, by ddim steps (Song et al. 2020, eq. 12) or ancestral ones (Ho et al. 2020,
-    algorithm 2). noise_fn() -> new noise like x; callback(x, part) sees every state, part from 0 (noise) to 1 (data).
+    algorithm 2). noise_fn() -> new noise like x, for ancestral steps and for ddim's where eta > 0. callback(x, part)
+    sees every state, part from 0 (noise) to 1 (data).
 
     limit: the largest absolute value in the training data, to which the predicted data are clipped. At timestep 999,
     x = 0.006 data + noise, so an error of the predicted noise becomes one 157 times as large in the data.
@@ -228,17 +225,14 @@ def sample(
     """Pictures from noise: RGB (num, 3, H, W) in [0, 1]; latents where the model works on latents and no vae is given.
 
     Picture i depends on seed + i only. solver: euler, heun or dpm for flow matching, ddim or ancestral for DDPM
-    (default: the first). eta, clip: DDPM's, see ddpm_sample. callback(x, part) sees the first batch's states, part from
-    0 (noise) to 1 (data). Raises UserError for a solver of the other objective.
+    (default: the first). eta: see ddpm_sample; clip: DDPM's predicted data to the training data's range.
+    callback(x, part) sees the first batch's states. Raises UserError for a solver of the other objective.
     """
     solvers = tuple(common.SOLVERS) if config.objective == "flow" else ("ddim", "ancestral")
     solver = solver or solvers[0]
     if solver not in solvers:
-        raise UserError(
-            f"--solver {solver} is not for weights that learned {config.objective}; use {' or '.join(solvers)}"
-        )
-    device = next(model.parameters()).device
-    channels, size = model.header["latent"]
+        raise UserError(f"--solver {solver} is not for {config.objective} weights; use {' or '.join(solvers)}")
+    device, (channels, size) = next(model.parameters()).device, model.header["latent"]
     limit, results = model.header.get("range") if clip else None, []
 
     def network(x, t):
@@ -246,19 +240,19 @@ def sample(
 
     for first in range(seed, seed + num, batch_size):
         seeds = range(first, min(first + batch_size, seed + num))
-        x = common.noise_for(seeds, (channels, size, size), device)
-        rngs, watch = [generator(s, 1) for s in seeds], callback if first == seed else None
+        x, rngs = common.noise_for(seeds, (channels, size, size), device), [generator(s, 1) for s in seeds]
 
         def noise_fn(rngs=rngs):
             return torch.stack([torch.randn(channels, size, size, generator=rng) for rng in rngs]).to(device)
 
         with autocast(device, common.pick_precision(precision, device)):
             if config.objective == "flow":
-                x = flow_sample(network, x, steps, solver, watch)
+                x = flow_sample(network, x, steps, solver, callback)
             else:
-                x = ddpm_sample(config, network, x, steps, noise_fn, solver, eta, limit, watch)
+                x = ddpm_sample(config, network, x, steps, noise_fn, solver, eta, limit, callback)
             in_latents = vae is None and model.header["vae"] is not None
             results.append(x if in_latents else to_rgb(config, x, vae))
+        callback = None
     return torch.cat(results)
 
 
@@ -328,13 +322,13 @@ class AttentionBlock(nn.Module):
 
 
 def downsample(width, use_conv):
-    """Half the size, where resblock_updown is off."""
+    """Half the size, where resblock_updown=False."""
     conv = nn.Conv2d(width, width, 3, stride=2, padding=1)
     return nn.Sequential(collections.OrderedDict(op=conv if use_conv else nn.AvgPool2d(2)))
 
 
 def upsample(width, use_conv):
-    """Twice the size, where resblock_updown is off."""
+    """Twice the size, where resblock_updown=False."""
     conv = nn.Conv2d(width, width, 3, padding=1) if use_conv else nn.Identity()
     return nn.Sequential(collections.OrderedDict(enlarge=nn.Upsample(scale_factor=2), conv=conv))
 
@@ -355,7 +349,6 @@ class UNetModel(nn.Module):
     image_size             side of the training maps; only attention_resolutions depend on it
     attention_resolutions  sides of the maps with attention, as in guided-diffusion's command line and in the write-up
                            (guided-diffusion's class takes image_size divided by them)
-    channel_mult           width at each resolution, highest first, as a multiple of model_channels
     num_head_channels      width of a head; -1: num_heads heads at every width
     group_channels         not guided-diffusion's: see group_norm
 
@@ -374,15 +367,13 @@ class UNetModel(nn.Module):
         if (dims, use_fp16, num_heads_upsample, use_new_attention_order) != (2, False, -1, False):
             raise ValueError("dims, use_fp16, num_heads_upsample, use_new_attention_order: only 2, False, -1, False")
         self.model_channels, self.use_checkpoint = model_channels, use_checkpoint
-        embed_dim = 4 * model_channels
-        self.time_embed = nn.Sequential(
-            nn.Linear(model_channels, embed_dim), nn.SiLU(), nn.Linear(embed_dim, embed_dim)
-        )
-        self.label_emb = nn.Embedding(num_classes, embed_dim) if num_classes else None
+        embed = 4 * model_channels
+        self.time_embed = nn.Sequential(nn.Linear(model_channels, embed), nn.SiLU(), nn.Linear(embed, embed))
+        self.label_emb = nn.Embedding(num_classes, embed) if num_classes else None
         norm = functools.partial(group_norm, group_channels=group_channels)
 
         def block(width_in, width, resample=None):
-            return ResBlock(width_in, width, embed_dim, dropout, use_scale_shift_norm, norm, resample)
+            return ResBlock(width_in, width, embed, dropout, use_scale_shift_norm, norm, resample)
 
         def attend(width):
             heads = num_heads if num_head_channels == -1 else width // num_head_channels
@@ -455,8 +446,7 @@ def build_model(config, channels, size):
     if size % 2 ** (len(sides) - 1):
         raise UserError(f"maps of side {size} cannot be halved {len(sides) - 1} times; change --image-size")
     if unknown := set(config.attention_resolutions) - set(sides):
-        found = ", ".join(map(str, sides))
-        raise UserError(f"--attention-resolutions {min(unknown)}: the maps' sides are {found}; name some of them")
+        raise UserError(f"--attention-resolutions {min(unknown)}: the maps' sides are {sides}; name some of them")
     options = {name: getattr(config, name) for name in (*MODEL_FIELDS, "dropout")}
     try:
         return UNetModel(size, channels, out_channels=channels, use_checkpoint=config.checkpointing, **options)
@@ -468,11 +458,15 @@ def build_model(config, channels, size):
 def load_model(path, device="cpu", objective="flow", predict="eps"):
     """(UNetModel in eval mode, Config) of a checkpoint. model.header is the checkpoint's header: "latent", (C, S), is
     the shape of the model's maps, "range" the largest absolute value in its training data, "vae" the autoencoder's hash
-    or None. A file without a header, such as the write-up's model_ema.pt, is read as one of preset paper, and objective
-    and predict tell what it learned. Raises UserError."""
+    or None. A file without a header is taken for the write-up's model_ema.pt, and objective and predict tell what it
+    learned. Raises UserError."""
     weights, header = load_tensors(path)
     if header is None:
         settings = PRESETS["paper"] | dict(objective=objective, predict=predict, vae="")
+        if "input_blocks.4.1.qkv.weight" not in weights:
+            # The other model of 281M parameters that fits the write-up's call: guided-diffusion's class takes (16, 8)
+            # for factors by which the map has shrunk, and only the factor 8 occurs, at side 4.
+            settings |= dict(attention_resolutions=[4], use_scale_shift_norm=False)
         header = {"system": "unet_ddpm", "latent": [32, 32], "vae": "", "config": settings}
     if header.get("system") != "unet_ddpm":
         raise UserError(f"{path} is no checkpoint of unet_ddpm.py; name another with --weights")
@@ -487,69 +481,49 @@ def load_model(path, device="cpu", objective="flow", predict="eps"):
     return model.to(device, memory_format=memory_format).eval(), config
 
 
-def matching_vae(path, header, device):
-    """The autoencoder at `path` for latents that header["vae"] describes, or None for pixels. Raises UserError."""
-    return None if header["vae"] is None else common.load_matching_vae(path, header).to(device)
-
-
 # ----------------------------------------------------------------------------------------------------------------
 # Data: pictures, or a VAE's latents of them
 
 
 @torch.no_grad()
-def encode_pictures(config):
-    """Pictures to shards of latents. After a kill the same call goes on with the first missing shard. Returns the
-    shards' folder. Raises UserError."""
+def encode(config):
+    """The subcommand `encode`: pictures to shards of latents in the folder config.out, which is set where it is empty.
+    After a kill the same call goes on with the first missing shard. Raises UserError."""
     if not (config.data and config.vae):
         raise UserError("encode needs --data and --vae")
-    device, vae = common.pick_device(config.device), common.load_vae(config.vae)
-    precision = common.pick_precision(config.precision, device)
+    device = common.pick_device(config.device)
+    precision, vae = common.pick_precision(config.precision, device), common.load_vae(config.vae).to(device)
     name = Path(config.data[0]).resolve().stem
-    out = config.out or f"data/latents-{name}-{config.image_size}-{vae.hash[:8]}"
-    vae.to(device)
+    config.out = config.out or f"data/latents-{name}-{config.image_size}-{vae.hash[:8]}"
 
     def to_latents(pictures, rows):
         with autocast(device, precision):
             return {"latents": vae.encode(pictures.to(device))}
 
-    header = {"vae": vae.hash, "image_size": config.image_size}
-    done, skipped = common.write_shards(dataclasses.replace(config, out=out), header, to_latents)
+    done, skipped = common.write_shards(config, {"vae": vae.hash, "image_size": config.image_size}, to_latents)
     common.tell_skipped(skipped)
-    print(f"{done:,} latents in {out}")
-    return out
-
-
-def encode(config):
-    """The subcommand `encode`."""
-    encode_pictures(config)
+    print(f"{done:,} latents in {config.out}")
 
 
 def load_source(config):
     """What --data names: common.Pictures, or with a VAE common.Shards of its latents, encoded first where they are
     missing. Raises UserError."""
-    folder = config.data[0]
-    if not common.has_shards(config.data):
-        if not config.vae:
-            return common.load_pictures(config.data, config.image_size)
-        if config.data == ("drawn",):
-            raise UserError("--vae needs pictures that are large enough for latents; name them with --data")
-        vae = common.load_vae(config.vae)
-        with torch.device("meta"):  # sizes that do not fit are found before hours of encoding
-            build_model(config, vae.latent_channels, config.image_size // vae.stride)
-        same = {name: getattr(config, name) for name in ("data", "vae", "image_size", "device", "precision")}
-        with common.main_process_first():
-            folder = encode_pictures(common.EncodeConfig(**same))
-    shards = common.Shards(folder, ("latents",))
-    if shards.header["image_size"] != config.image_size:
-        raise UserError(f"{folder} has latents of --image-size {shards.header['image_size']}; give the same")
-    return shards
+    if common.has_shards(config.data):
+        return common.Shards(config.data[0], ("latents",))
+    if not config.vae:
+        return common.load_pictures(config.data, config.image_size)
+    same = {name: getattr(config, name) for name in ("data", "vae", "image_size", "device", "precision")}
+    options = common.EncodeConfig(**same)
+    with common.main_process_first():
+        encode(options)
+    return common.Shards(options.out, ("latents",))
 
 
 def base_header(config):
     """The header of the run of stage exclude that is fine-tuned. Raises UserError."""
     path = Path(config.start) / "model.safetensors"
-    header = load_tensors(path, header_only=True)[1] or {}
-    if header.get("system") != "unet_ddpm" or not header.get("left_out") or header["config"]["stage"] != "exclude":
+    header = load_tensors(path, header_only=True)[1]
+    if not (header and header.get("left_out") and header["config"]["stage"] == "exclude"):
         raise UserError(f"{path} is no run of stage exclude; name one with --from")
     return header
 
@@ -572,20 +546,21 @@ def names_left_out(config, source):
 
 
 class Data:
-    """The pictures or latents of one stage. header: what a checkpoint must know of them. Raises UserError."""
+    """The pictures or latents of one stage: those of `source` whose names are not in left_out. header: what a
+    checkpoint must know of them. Raises UserError."""
 
     def __init__(self, config, source, left_out=()):
-        unwanted = set(left_out)
+        unwanted, self.in_latents = set(left_out), isinstance(source, common.Shards)
         self.config, self.source = config, source
         self.chosen = [i for i, name in enumerate(source.names) if name not in unwanted]
         if not self.chosen:
             raise UserError("no pictures are left to train on; exclude fewer tags")
-        if not isinstance(source, common.Shards) and config.image_size % config.fold:
+        if not self.in_latents and config.image_size % config.fold:
             raise UserError(f"--fold {config.fold} does not divide --image-size {config.image_size}")
         some = self.read(self.chosen[:: max(1, len(self.chosen) // 256)])
-        vae = source.header["vae"] if isinstance(source, common.Shards) else None
-        self.header = {"vae": vae, "data": source.checksum(), "latent": [some.shape[1], some.shape[2]]}
-        self.header |= {"range": some.abs().max().item(), "left_out": sorted(left_out)}
+        self.header = {"vae": source.header["vae"] if self.in_latents else None, "data": source.checksum()}
+        self.header |= {"latent": [some.shape[1], some.shape[2]], "range": some.abs().max().item()}
+        self.header["left_out"] = sorted(left_out)
 
     def __len__(self):
         return len(self.chosen)
@@ -593,11 +568,10 @@ class Data:
     def read(self, index, flip_rng=None):
         """Samples `index` of the source as the network sees them: latents, or pixels in [-1, 1] as
         (B, 3 fold fold, S/fold, S/fold). With flip_rng, a BatchRng, some are mirrored."""
-        in_latents = isinstance(self.source, common.Shards)
-        x = self.source.read(index)[0] if in_latents else self.source.pictures[index] / 127.5 - 1
+        x = self.source.read(index)[0] if self.in_latents else self.source.pictures[index] / 127.5 - 1
         if flip_rng:
             x = common.random_flip(x, self.config.flip, flip_rng)
-        return x if in_latents else F.pixel_unshuffle(x, self.config.fold)
+        return x if self.in_latents else F.pixel_unshuffle(x, self.config.fold)
 
     def batch(self, step, rows):
         """The rows of the batch of optimizer step `step`, a function of the seed and the step alone."""
@@ -606,23 +580,14 @@ class Data:
         return self.read(index, BatchRng(config.batch_size, config.seed, step, 3, rows=rows))
 
 
-def load_data(config):
-    """The Data of config's stage. Raises UserError."""
-    source = load_source(config)
-    return Data(config, source, names_left_out(config, source))
-
-
 # ----------------------------------------------------------------------------------------------------------------
 # Training
 
 
-def settle(config, device):
-    """config with what depends on the device or on the fine-tuned run, so that the run's record has it. Raises
-    UserError."""
+def resolve(config, device):
+    """config with what the device or the run of --from decides, as the new run records it. Raises UserError."""
     if (config.stage == "exclude") != bool(config.exclude_tags) or (config.stage == "finetune") != bool(config.start):
-        raise UserError(
-            "--exclude-tags goes with --stage exclude, and --from with --stage finetune; give both or neither"
-        )
+        raise UserError("--exclude-tags goes with --stage exclude, --from with --stage finetune; give both or neither")
     if config.optimizer == "auto":
         has_8bit = device.type == "cuda" and not config.fsdp and importlib.util.find_spec("torchao")
         config = dataclasses.replace(config, optimizer="adamw8bit" if has_8bit else "adamw")
@@ -641,10 +606,11 @@ def save_mark(run, ema):
 def train(config):
     """The subcommand `train`: a run folder from nothing, or on with --resume. Raises UserError."""
     device, precision = common.init_training(config)
-    config = settle(config, device)
+    config = resolve(config, device)
     run = common.Run(config, "unet_ddpm")
-    data = load_data(config)
-    vae = matching_vae(config.vae, data.header, device)
+    source = load_source(config)
+    data = Data(config, source, names_left_out(config, source))
+    vae = common.load_matching_vae(config.vae, data.header).to(device) if data.in_latents else None
     torch.manual_seed(config.seed)
     model = build_model(config, *data.header["latent"]).to(memory_format=torch.channels_last)
     if config.stage == "finetune":
@@ -654,7 +620,7 @@ def train(config):
     optimizer, scaler = common.make_optimizer(config, model, device)
     run.header = ema.header = data.header
     about = f"{len(data):,} pictures, {len(data.header['left_out']):,} left out, {precision} on {device}"
-    run.start(model, ema, optimizer, scaler, about, len(data), data.source.skipped)
+    run.start(model, ema, optimizer, scaler, about, len(data), source.skipped)
     common.compile_blocks(config, device, model.blocks)
     if config.stage == "finetune" and run.step == 0:
         save_mark(run, ema)  # where the curve of adaptation begins
@@ -663,11 +629,13 @@ def train(config):
         common.set_lr(optimizer, lr)
         for rows in common.micro_batches(config):
             rng = BatchRng(config.batch_size, config.seed, step, 1, rows=rows)
-            x = data.batch(step, rows).to(device)  # 1. a batch, the same for both objectives
-            u, noise = rng.rand().to(device), rng.randn(*x.shape[1:]).to(device)  # 2. time and noise, the same
+            x = data.batch(step, rows).to(device)  # 1. a batch
+            u, noise = rng.rand().to(device), rng.randn(*x.shape[1:]).to(device)  # 2. time and noise
+            x_t, target, timestep, t = PAIRS[config.objective](config, x, noise, u)  # 3. the noisy picture
             torch.manual_seed(generator(config.seed, step, rows.start, 2).initial_seed())  # for dropout
             with autocast(device, precision):
-                loss, t = LOSSES[config.objective](config, trained, x, noise, u)  # 3. to 5. x_t, prediction, loss
+                prediction = trained(x_t, timestep)  # 4. predict
+            loss = (prediction - target).square().mean(dim=(1, 2, 3))  # 5. (B,) the loss of each picture
             scaler.scale(loss.mean() / config.grad_accum).backward()  # 6. gradients
             run.add(loss, t)
         scaler.unscale_(optimizer)
@@ -728,8 +696,8 @@ def sliced_wasserstein(real, made, directions=128):
     for a, b in zip(laplacian_pyramid(real), laplacian_pyramid(made), strict=True):
         a, b = random_patches(a, generator(0)), random_patches(b, generator(0))
         axes = F.normalize(torch.randn(a.shape[1], directions, generator=generator(1)), dim=0)
-        parts = [((a @ part).sort(dim=0)[0] - (b @ part).sort(dim=0)[0]).abs().mean() for part in axes.split(32, dim=1)]
-        levels.append(1000 * torch.stack(parts).mean().item())
+        # Along one axis, optimal transport pairs the points in their order.
+        levels.append(1000 * ((a @ axes).sort(dim=0)[0] - (b @ axes).sort(dim=0)[0]).abs().mean().item())
     return levels
 
 
@@ -744,37 +712,35 @@ def frechet(a, b):
     return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
 
 
-def load_inception(path):
-    """The TorchScript network of FID. Raises UserError if the file is none."""
-    with common.reading(path, "Inception network in TorchScript, such as inception-2015-12-05.pt"):
-        network = torch.jit.load(path, map_location="cpu").eval()
-        if network(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), return_features=True).dim() != 2:
-            raise ValueError("it returns no table of features")
-        return network
+def load_features(options):
+    """The networks that options names, "frechet_alexnet" or "frechet_inception" -> function of RGB (n, 3, S, S) in
+    [0, 1] that returns features (n, d). Raises UserError."""
+    networks = {}
+    if options.alexnet:
+        lpips = common.Lpips.load(options.alexnet)
+
+        def alexnet(rgb):  # the means over positions of its five layers, as LPIPS normalises them: d = 1,152
+            features = [layer.mean(dim=(2, 3)) for layer in lpips.to(rgb.device).layers(rgb)]
+            return 1000**0.5 * torch.cat(features, dim=1)  # their distances, squares, become 1,000 times as large
+
+        networks["frechet_alexnet"] = alexnet
+    if options.inception:
+        with common.reading(options.inception, "Inception network in TorchScript, such as inception-2015-12-05.pt"):
+            network = torch.jit.load(options.inception, map_location="cpu").eval()
+            network(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), return_features=True)
+
+        def inception(rgb):  # d = 2,048
+            return network.to(rgb.device)((rgb * 255).round().byte(), return_features=True)
+
+        networks["frechet_inception"] = inception
+    return networks
 
 
-def inception_features(network, rgb):
-    """(n, 3, S, S) in [0, 1] -> (n, 2048)."""
-    return network.to(rgb.device)((rgb * 255).round().byte(), return_features=True).cpu()
-
-
-def alexnet_features(lpips, rgb):
-    """(n, 3, S, S) in [0, 1] -> (n, 1152): the means over positions of AlexNet's five layers, as LPIPS normalises
-    them."""
-    return torch.cat([layer.mean(dim=(2, 3)) for layer in lpips.to(rgb.device).layers(rgb)], dim=1).cpu()
-
-
-TITLES = {
-    "swd": "Sliced Wasserstein distance on Laplacian pyramids x 1000",
-    "finest": "Its finest level alone, which shows sharpness",
-    "alexnet": "Fréchet distance in AlexNet features x 1000",
-    "inception": "Inception FID",
-}
-CSV_COLUMNS = {
-    "swd": "distance",
-    "finest": "finest_level",
-    "alexnet": "frechet_alexnet",
-    "inception": "frechet_inception",
+TITLES = {  # of the distances, which have these names in compare.csv
+    "distance": "Sliced Wasserstein distance on Laplacian pyramids x 1000",
+    "finest_level": "Its finest level alone, which shows sharpness",
+    "frechet_alexnet": "Frechet distance in AlexNet features x 1000",
+    "frechet_inception": "Inception FID",
 }
 
 
@@ -782,20 +748,15 @@ class Distances:
     """distances(rgb (n, 3, S, S) in [0, 1]) -> {name in TITLES: distance from n training pictures}. floor: the same of
     n other training pictures.
 
-    Fréchet distances are measured where config names the networks' files. With fewer pictures than features their
+    Fréchet distances are measured where options name the networks' files. With fewer pictures than features their
     covariance is singular, which the formula allows; compare such numbers only at equal n. With a VAE, the training
     pictures too have been decoded from latents. Raises UserError for too few pictures.
     """
 
-    def __init__(self, config, data, vae, device):
-        self.networks = {}
-        if config.alexnet or config.lpips:
-            lpips = common.Lpips.load(config.alexnet, config.lpips)
-            self.networks["alexnet"] = functools.partial(alexnet_features, lpips), 1000
-        if config.inception:
-            self.networks["inception"] = functools.partial(inception_features, load_inception(config.inception)), 1
+    def __init__(self, options, data, vae, device):
+        self.networks = load_features(options)
         order = torch.randperm(len(data), generator=generator(0, 9)).tolist()
-        self.num = min(config.num, len(order) // 2)
+        self.num = min(options.num, len(order) // 2)
         if self.num < 2:
             raise UserError(f"{len(order)} pictures are too few for a distance; it needs at least four")
 
@@ -807,60 +768,69 @@ class Distances:
 
     @torch.no_grad()
     def features(self, rgb):
-        features = {"swd": rgb.float().cpu()}
-        for name, (network, _) in self.networks.items():
-            features[name] = torch.cat([network(part) for part in rgb.float().split(32)])
-        return features
+        networks = {"rgb": lambda part: part} | self.networks
+        return {name: torch.cat([f(part).cpu() for part in rgb.float().split(32)]) for name, f in networks.items()}
 
     def __call__(self, rgb):
         made = self.features(rgb[: self.num])
-        levels = sliced_wasserstein(self.real["swd"], made["swd"])
-        results = {"swd": sum(levels) / len(levels), "finest": levels[0]}
-        for name, (_, factor) in self.networks.items():
-            results[name] = factor * frechet(self.real[name], made[name])
-        return results
+        levels = sliced_wasserstein(self.real["rgb"], made["rgb"])
+        results = {"distance": sum(levels) / len(levels), "finest_level": levels[0]}
+        return results | {name: frechet(self.real[name], made[name]) for name in self.networks}
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # Subcommands
 
+SOLVERS = "", *common.SOLVERS, "ddim", "ancestral"
+
 
 @dataclasses.dataclass
-class SolverConfig:
-    """The options of `sample` and `evaluate` that are this system's own."""
+class SolverConfig(common.LoadConfig):
+    """The options of `sample` and `evaluate`."""
 
     vae: str = option("", "autoencoder that the weights were trained with")
-    solver: str = option(
-        "",
-        "euler, heun or dpm for flow matching, ddim or ancestral for DDPM (default: the first)",
-        choices=("", *common.SOLVERS, "ddim", "ancestral"),
-    )
+    steps: int = option(50, "steps from noise to picture", low=1, high=TIMESTEPS)
+    seed: int = option(0, "picture i starts from the noise of seed + i", low=0, high=2**62)
+    solver: str = option("", "the first three for flow matching, the others for DDPM (default: the first)", SOLVERS)
     eta: float = option(0.0, "ddim: new noise in its steps, 0 none, 1 as much as ancestral", low=0.0, high=1.0)
     clip: bool = option(True, "DDPM: clip the predicted data to the training data's range")
+    precision: str = option("auto", "of matrix products", choices=("auto", "fp32", "bf16", "fp16"))
     objective: str = option("flow", "what weights without a header learned, such as the write-up's", ("flow", "ddpm"))
     predict: str = option("eps", "what such DDPM weights predict", choices=("eps", "v"))
 
-    def load(self):
-        """(model, Config, VAE or None) of --weights. Raises UserError."""
-        path = common.find_weights(self.weights, "unet_ddpm")
-        model, config = load_model(path, self.device, self.objective, self.predict)
-        config.vae = self.vae or config.vae
-        return model, config, matching_vae(config.vae, model.header, next(model.parameters()).device)
+
+class Trained:
+    """A checkpoint and what sampling from it takes. options: those of `sample`, `evaluate` or `compare`."""
+
+    def __init__(self, path, options):
+        self.folder, self.options = path.parent, options
+        self.model, self.config = load_model(path, options.device, options.objective, options.predict)
+        self.config.vae = options.vae or self.config.vae
+        self.device, self.header, self.vae = next(self.model.parameters()).device, self.model.header, None
+        if self.header["vae"] is not None:
+            self.vae = common.load_matching_vae(self.config.vae, self.header).to(self.device)
+
+    def sample(self, num, steps, **arguments):
+        """RGB (num, 3, S, S). arguments: others of the function sample()."""
+        return sample(self.model, self.config, num, steps, vae=self.vae, precision=self.options.precision, **arguments)
+
+    def distances(self):
+        """The Distances from the pictures that the model was trained on. Raises UserError."""
+        data = Data(self.config, load_source(self.config), self.header.get("left_out", ()))
+        return Distances(self.options, data, self.vae, self.device)
 
 
 @dataclasses.dataclass
 class SampleConfig(SolverConfig, common.SampleConfig):
     """The options of `sample`."""
 
-    steps: int = option(50, "steps from noise to picture", low=1, high=TIMESTEPS)
-
 
 def sample_command(config):
     """The subcommand `sample`: a grid, and with --each and --gif single pictures and the way from noise."""
-    model, trained, vae = config.load()
-    frames, callback = common.record_frames(lambda x: common.make_grid(to_rgb(trained, x[:16], vae)), config.gif)
-    same = {name: getattr(config, name) for name in "num steps seed solver eta clip batch_size precision".split()}
-    rgb = sample(model, trained, vae=vae, callback=callback, **same)
+    run = Trained(common.find_weights(config.weights, "unet_ddpm"), config)
+    frames, callback = common.record_frames(lambda x: common.make_grid(to_rgb(run.config, x[:16], run.vae)), config.gif)
+    start = dict(seed=config.seed, batch_size=config.batch_size, callback=callback)
+    rgb = run.sample(config.num, config.steps, solver=config.solver, eta=config.eta, clip=config.clip, **start)
     common.write_samples(rgb, [f"{config.seed + i:06d}" for i in range(config.num)], config, frames)
 
 
@@ -869,30 +839,26 @@ class DistanceConfig:
     """The networks that distances are measured with."""
 
     inception: str = option("", "Inception's TorchScript file, for FID; TorchScript can run any code: trust its source")
-    alexnet: str = option("", "torchvision's AlexNet weights, for the Fréchet distance in its features; with --lpips")
-    lpips: str = option("", "LPIPS' linear heads for AlexNet, its package's weights/v0.1/alex.pth")
+    alexnet: str = option("", "torchvision's AlexNet weights, for the same distance in its features")
 
 
 @dataclasses.dataclass
-class EvaluateConfig(DistanceConfig, SolverConfig, common.LoadConfig):
+class EvaluateConfig(DistanceConfig, SolverConfig):
     """The options of `evaluate`."""
 
     data: tuple[str, ...] = option((), "pictures to compare with (default: those that were trained on)")
     num: int = option(1000, "pictures on either side", low=2)
     steps: int = option(20, "steps from noise to picture", low=1, high=TIMESTEPS)
-    seed: int = option(0, "sample i starts from the noise of seed + i", low=0, high=2**62)
-    precision: str = option("auto", "of matrix products", choices=("auto", "fp32", "bf16", "fp16"))
 
 
 def evaluate(config):
     """The subcommand `evaluate`: how far samples are from the pictures that were trained on."""
-    model, trained, vae = config.load()
-    device = next(model.parameters()).device
-    trained.data = config.data or trained.data
-    data = Data(trained, load_source(trained), model.header.get("left_out", ()))
-    distances = Distances(config, data, vae, device)
-    same = {name: getattr(config, name) for name in "steps seed solver eta clip precision".split()}
-    for name, distance in distances(sample(model, trained, distances.num, vae=vae, **same)).items():
+    run = Trained(common.find_weights(config.weights, "unet_ddpm"), config)
+    run.config.data = config.data or run.config.data
+    distances = run.distances()
+    way = dict(solver=config.solver, eta=config.eta, clip=config.clip)
+    rgb = run.sample(distances.num, config.steps, seed=config.seed, **way)
+    for name, distance in distances(rgb).items():
         about = f"{distances.num} pictures in {config.steps} steps"
         print(f"{TITLES[name]}, {about}: {distance:.1f} (floor {distances.floor[name]:.1f})")
 
@@ -905,7 +871,8 @@ OBJECTIVES = {
     "ddpm": dict(objective="ddpm", predict="eps"),
     "ddpm-v": dict(objective="ddpm", predict="v"),
 }
-SAMPLING_STEPS, TRAINING_STEPS = (5, 10, 20, 50), 20  # for the curves by sampling steps, and for all others
+SAMPLING_STEPS = 5, 10, 20, 50  # each distance is measured at these,
+MARK_STEPS = 20  # and the curves by training steps at this
 
 
 @dataclasses.dataclass
@@ -919,65 +886,47 @@ class CompareConfig(DistanceConfig, Config):
 
 
 def train_three(config):
-    """Train each of OBJECTIVES in its folder within --out -> (folders, exit code). What is there already goes on where
-    it ended, so a finished run is left as it is. All make as many steps as flow matching, which has the budget."""
-    settings, folders = {field.name: getattr(config, field.name) for field in dataclasses.fields(Config)}, []
+    """Train each of OBJECTIVES in its folder within --out; runs of an earlier call go on where they ended. All make as
+    many steps as flow matching, which has the budget. Returns the exit code."""
+    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(Config)}
     for name, objective in OBJECTIVES.items():
         folder = Path(config.out) / name
-        has_weights, has_state = ((folder / f"{file}.safetensors").exists() for file in ("model", "state"))
-        if has_state or not has_weights:
-            if folders:
-                flow = load_tensors(folders[0] / "model.safetensors", header_only=True)[1]
-                settings |= dict(minutes=None, epochs=None, steps=flow["step"])
-            if config.start:  # of a base that compare made, the run with the same objective
-                settings |= dict(start=f"{config.start}/{name}")
-            code = train(Config(**settings | objective | dict(out=str(folder), resume="" if has_state else None)))
-            if code:
-                return folders, code
-        folders.append(folder)
-    return folders, 0
+        own = objective | dict(out=str(folder), resume="" if (folder / "state.safetensors").exists() else None)
+        if config.start:  # of three runs that compare made, the one with this objective
+            own["start"] = f"{config.start}/{name}"
+        code = train(Config(**settings | own))
+        if code:
+            return code
+        settings |= dict(minutes=None, epochs=None)
+        settings["steps"] = load_tensors(folder / "model.safetensors", header_only=True)[1]["step"]
+    return 0
 
 
-class Trained:
-    """A finished run folder: its samples at any mark, and its loss."""
-
-    def __init__(self, folder, config):
-        self.folder, self.precision = Path(folder), config.precision
-        self.model, self.config = load_model(self.folder / "model.safetensors", config.device)
-        self.config.vae = config.vae or self.config.vae
-        self.device, self.header = next(self.model.parameters()).device, self.model.header
-        self.vae = matching_vae(self.config.vae, self.header, self.device)
-        learned = self.config.objective, self.config.predict
-        self.name = "ddpm-v" if learned == ("ddpm", "v") else self.config.objective
-
-    def distances(self, config):
-        data = Data(self.config, load_source(self.config), self.header["left_out"])
-        return Distances(config, data, self.vae, self.device)
-
-    def sample(self, num, steps, path=None):
-        """RGB (num, 3, S, S) of the final weights or those at `path`, from noise that is the same for all runs."""
-        load_into(self.model, load_tensors(path or self.folder / "model.safetensors")[0], path)
-        return sample(self.model, self.config, num, steps, vae=self.vae, precision=self.precision)
-
-    def by_training(self, distances):
-        """[(training step, distance)] of the weights that were kept at marked parts of the budget."""
-        marks = sorted(self.folder.glob("marks/step_*.safetensors"))
-        steps = [int(path.stem.removeprefix("step_")) for path in marks]
-        return [(n, distances(self.sample(distances.num, TRAINING_STEPS, p))["swd"]) for n, p in zip(steps, marks)]
-
-    def losses(self):
-        rows = csv.DictReader((self.folder / "log.csv").read_text().splitlines())
-        return [(int(row["step"]), float(row["loss"])) for row in rows if None not in row.values()]
+def curve_of_training(run, distances):
+    """[(training step, distance)] of the weights that were kept during training. The model keeps the last of them."""
+    curve = []
+    for path in sorted(run.folder.glob("marks/step_*.safetensors")):
+        load_into(run.model, load_tensors(path)[0], path)
+        found = distances(run.sample(distances.num, MARK_STEPS))
+        curve.append((int(path.stem.removeprefix("step_")), found["distance"]))
+    return curve
 
 
-def by_name(folders, config):
-    """{name of the objective: Trained}; the folder is added to a name that comes twice. Raises UserError unless all
-    were trained on the same pictures."""
+def curve_of_loss(run):
+    """[(training step, loss)]"""
+    rows = csv.DictReader((run.folder / "log.csv").read_text().splitlines())
+    return [(int(row["step"]), float(row["loss"])) for row in rows if None not in row.values()]
+
+
+def load_runs(folders, config):
+    """name of the objective -> Trained, of finished run folders. The folder is added to a name that comes twice. Raises
+    UserError unless all were trained on the same pictures."""
     runs = {}
-    for run in (Trained(folder, config) for folder in folders):
-        runs[f"{run.name} {run.folder}" if run.name in runs else run.name] = run
+    for run in (Trained(Path(folder) / "model.safetensors", config) for folder in folders):
+        name = "ddpm-v" if (run.config.objective, run.config.predict) == ("ddpm", "v") else run.config.objective
+        runs[f"{name} {run.folder}" if name in runs else name] = run
         first = next(iter(runs.values()))
-        if any(first.header[key] != run.header[key] for key in ("data", "latent", "left_out")):
+        if any(run.header[key] != first.header[key] for key in ("data", "latent", "left_out")):
             raise UserError(f"{first.folder} and {run.folder} were trained on different pictures; compare equals")
     return runs
 
@@ -985,66 +934,60 @@ def by_name(folders, config):
 def compare(config):
     """The subcommand `compare`: index.html, compare.png and compare.csv in --out, of three objectives that are trained
     here or of --runs. Returns the exit code. Raises UserError."""
-    folders, code = (config.runs, 0) if config.runs else train_three(config)
-    if code:
+    if not config.runs and (code := train_three(config)):
         return code
-    runs, adapting = by_name(folders, config), by_name(config.finetuned, config)
-    distances = next(iter(runs.values())).distances(config)
-    measured, samples = {name: {} for name in runs}, []  # name -> sampling steps -> distances
-    for steps in SAMPLING_STEPS:
-        for name, run in runs.items():
-            rgb = run.sample(distances.num, steps)
-            measured[name][steps] = distances(rgb)
-            samples.append((f"{name}\n{steps} steps", rgb[:8]))
+    runs = load_runs(config.runs or [f"{config.out}/{name}" for name in OBJECTIVES], config)
+    distances = next(iter(runs.values())).distances()
+    floor = distances.floor
+    curves = {key: {name: [] for name in runs} for key in floor}  # distance -> objective -> [(steps, value)]
+    table, samples = [["objective", "seed", "sampling_steps", *floor, "floor"]], []
+    for steps, (name, run) in itertools.product(SAMPLING_STEPS, runs.items()):
+        rgb = run.sample(distances.num, steps)
+        found = distances(rgb)
+        for key, value in found.items():
+            curves[key][name].append((steps, value))
+        table.append([name, run.config.seed, steps, *(f"{v:.2f}" for v in (*found.values(), floor["distance"]))])
+        samples.append((f"{name}\n{steps} steps", rgb[:8]))
 
-    charts = []  # (title, name -> [(x, y)], floor)
-    for key, floor in distances.floor.items():
-        curves = {name: [(steps, values[key]) for steps, values in own.items()] for name, own in measured.items()}
-        charts.append((f"{TITLES[key]}, by sampling steps", curves, floor))
-    curves = {name: run.by_training(distances) for name, run in runs.items()}
-    charts.append((f"{TITLES['swd']}, by training steps", curves, distances.floor["swd"]))
-    charts.append(("Loss (the targets differ), by training steps", {k: run.losses() for k, run in runs.items()}, None))
-    if adapting:
-        near = next(iter(adapting.values())).distances(config)
-        curves = {name: run.by_training(near) for name, run in adapting.items()}
-        charts.append(("Distance from the left-out pictures, by fine-tuning steps", curves, near.floor["swd"]))
-
-    keys = ["swd", "finest", *[key for key in TITLES if key in distances.networks]]
-    rows = [["objective", "seed", "sampling_steps", *(CSV_COLUMNS[key] for key in keys), "floor"]]
-    for name, own in measured.items():
-        for steps, values in own.items():
-            numbers = [f"{value:.2f}" for value in (*(values[key] for key in keys), distances.floor["swd"])]
-            rows.append([name, runs[name].config.seed, steps, *numbers])
-    csv.writer(table := io.StringIO(), lineterminator="\n").writerows(rows)
-    common.save_text(Path(config.out) / "compare.csv", table.getvalue())
+    charts = [(f"{TITLES[key]}, by sampling steps", curves[key], floor[key]) for key in floor]
+    curves = {name: curve_of_training(run, distances) for name, run in runs.items()}
+    charts.append((f"{TITLES['distance']}, by training steps", curves, floor["distance"]))
+    curves = {name: curve_of_loss(run) for name, run in runs.items()}
+    charts.append(("Loss (the targets differ), by training steps", curves, None))
+    if config.finetuned:
+        tuned = load_runs(config.finetuned, config)
+        near = next(iter(tuned.values())).distances()
+        curves = {name: curve_of_training(run, near) for name, run in tuned.items()}
+        charts.append(("Distance from the left-out pictures, by fine-tuning steps", curves, near.floor["distance"]))
+    lines = (",".join(map(str, row)) for row in table)
+    common.save_text(Path(config.out) / "compare.csv", "\n".join(lines) + "\n")
     write_page(Path(config.out), runs, samples, charts, distances.num)
     print(f"open {config.out}/index.html")
     return 0
 
 
 def write_page(out, runs, samples, charts, num):
-    """compare.png: samples, [(label, rgb)], one row each, on the left, and the charts on the right. index.html: the
-    same, and the charts' numbers."""
-    # Pillow's font has no é.
-    side = common.stack_pictures([common.chart(title.replace("é", "e"), *rest) for title, *rest in charts])
-    height, width = 84, 80 + 8 * 80
-    sheet = Image.new("RGB", (width + 10 + side.width, max(height * len(samples), side.height)), "white")
-    sheet.paste(side, (width + 10, 0))
-    for i, (label, rgb) in enumerate(samples):
-        sheet.paste(common.make_grid(rgb, 8).resize((8 * 80, 80), Image.Resampling.BOX), (80, height * i))
-        ImageDraw.Draw(sheet).text((4, height * i + 20), label, "black", ImageFont.load_default(13))
+    """compare.png: samples, [(label, rgb)], one row each, and the charts beside them. index.html: the same, and the
+    charts' numbers."""
+    rows = []
+    for label, rgb in samples:
+        rows.append(Image.new("RGB", (730, 84), "white"))
+        rows[-1].paste(common.make_grid(rgb, 8).resize((640, 80), Image.Resampling.BOX), (80, 0))
+        ImageDraw.Draw(rows[-1]).text((4, 20), label, "black", ImageFont.load_default(13))
+    left = common.stack_pictures(rows)
+    right = common.stack_pictures([common.chart(*chart) for chart in charts])
+    sheet = Image.new("RGB", (left.width + right.width, max(left.height, right.height)), "white")
+    sheet.paste(left)
+    sheet.paste(right, (left.width, 0))
     common.save_picture(sheet, out / "compare.png")
 
     body = common.html_table([[name, run.folder, f"{run.header['step']:,} steps"] for name, run in runs.items()])
     body += common.html_picture(sheet) + f"<p>Distances of {num} samples from as many training pictures; the floor is "
-    body += f"that of other training pictures. Curves by training steps: {TRAINING_STEPS} sampling steps.</p>"
+    body += f"that of other training pictures. Curves by training steps: {MARK_STEPS} sampling steps.</p>"
     for title, curves, floor in charts:
-        xs = sorted({x for curve in curves.values() for x, _ in curve})
-        rows = [["", *xs], *[[name, *(dict(curve).get(x, "") for x in xs)] for name, curve in curves.items()]]
-        rows += [["floor", *[floor] * len(xs)]]
-        rows = [[f"{cell:.1f}" if isinstance(cell, float) else cell for cell in row] for row in rows]
         if floor is not None:
-            body += f"<h2>{title}</h2>{common.html_table(rows)}"
+            cells = [[name, *(f"{x}: {y:.1f}" for x, y in curve)] for name, curve in curves.items()]
+            body += f"<h2>{title}</h2>" + common.html_table([*cells, ["floor", f"{floor:.1f}"]])
     common.save_page(out / "index.html", "Flow matching against DDPM", body)
 
 

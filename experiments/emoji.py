@@ -1,9 +1,9 @@
 """Emoji as training data, and a test of colours and things that were never shown together.
 
 A colour font holds hundreds of pictures that have names. `paint` writes them as a captioned folder, in their own
-colours and tinted in eleven others. Of 25 things, eight of the colours are never painted. `evaluate` asks a trained
-model for these 200 pairs and measures how many pictures have the right hue and show the right thing. It needs no
-training run: the default is weights/dit_t2i.safetensors.
+colours and tinted in eleven others. 25 of the things are never painted in eight of the colours. `evaluate` samples
+these 200 pairs from a trained model and measures how many pictures have the right hue and show the right thing. It
+needs no training run: the default is weights/dit_t2i.safetensors.
 
     python experiments/emoji.py paint --out data/emoji         needs a font (Debian, Ubuntu: fonts-noto-color-emoji)
     python dit_t2i.py train --data data/emoji
@@ -36,38 +36,7 @@ HUES = list(COLOURS)  # the eight that differ by hue alone
 COLOURS |= {"brown": "#7d4a26", "grey": "#8c8c8c", "black": "#1f1f23"}
 EMOJI_FONTS = ("NotoColorEmoji.ttf", 109), ("Apple Color Emoji.ttc", 160), ("seguiemj.ttf", 109)
 
-# An emoji whose Unicode name has one of these words is left out: it is no thing to paint, its name has a colour, or it
-# tells left from right.
-NO_THINGS = set(
-    "sign symbol arrow arrows circled squared square circle triangle indicator clock modifier component mark ornament "
-    "keycap button ideograph input silhouette ballot multiplication loop vertical dash lower off no japanese facing "
-    "white red green blue orange yellow brown purple black pink grey gray teal person man men woman women people "
-    "family bust busts speaker adult older child prince pregnant feeding compression closet oncoming leftwards "
-    "rightwards aries taurus gemini cancer leo virgo libra scorpius sagittarius capricorn aquarius pisces ophiuchus "
-    "metro station restroom customs passport baggage left crossing vibration exchange".split()
-)
-# Unicode's name -> the common one; "" leaves the emoji out. A word should stand for one look: a "hot dog" that is a
-# sausage would make all dogs worse.
-CALLED = {
-    "automobile": "car", "red apple": "apple", "heavy black heart": "heart", "white medium star": "star",
-    "black telephone": "telephone", "deciduous tree": "tree", "evergreen tree": "fir tree", "house building": "house",
-    "hot beverage": "coffee", "lady beetle": "ladybug", "electric light bulb": "light bulb",
-    "jack-o-lantern": "pumpkin", "black sun with rays": "sun", "black scissors": "scissors",
-    "wrapped present": "present", "personal computer": "laptop", "high-heeled shoe": "high heel",
-    "delivery truck": "truck", "fire engine": "fire truck", "slice of pizza": "pizza", "ear of maize": "corn",
-    "hocho": "knife", "white flower": "flower stamp", "lock": "padlock", "extraterrestrial alien": "alien",
-    "honeybee": "bee", "soft ice cream": "ice cream cone", "gem stone": "gem", "dromedary camel": "camel",
-    "mans shoe": "shoe", "womans hat": "sun hat", "womans boots": "boot", "womans sandal": "sandal",
-    "womans clothes": "blouse", "waving black flag": "flag", "pot of food": "stew", "steaming bowl": "noodles",
-    "automated teller machine": "cash machine", "father christmas": "santa claus",
-    "police cars revolving light": "siren", "ball of yarn": "yarn", "bar of soap": "soap", "glass of milk": "milk",
-    "hibiscus": "flower", "meat on bone": "meat", "cut of meat": "steak", "reminder ribbon": "loop of ribbon",
-    "hot dog": "hotdog", "bell pepper": "paprika", "t-rex": "tyrannosaurus", "oil drum": "barrel", "ribbon": "bow",
-    "speech balloon": "speech bubble", "thought balloon": "thought bubble", "direct hit": "dartboard",
-    "cooking": "fried egg", "light rail": "commuter train", "articulated lorry": "lorry", "face palm": "",
-    "glowing star": "", "umbrella with rain drops": "", "closed lock with key": "", "heart decoration": "",
-}  # fmt: skip
-# Never painted in any of HUES: `evaluate` asks for these.
+# Things that are never painted in any of HUES: `evaluate` samples these.
 HELD_OUT = (
     "dog elephant owl butterfly snail mushroom strawberry pear carrot cactus tulip key bell hammer guitar umbrella "
     "balloon sailboat helicopter bicycle teapot crown scarf chair candle".split()
@@ -86,12 +55,17 @@ def emoji_font():
 
 
 def emoji_name(character):
-    """The common name of an emoji; "" if it shows no thing or has no short name."""
-    name = unicodedata.name(character, "").lower()
-    if name in CALLED:
-        return CALLED[name]
+    """The common name of an emoji. "" for one that is left out: it shows no thing, or its Unicode name is long, names a
+    colour or tells left from right.
+
+    assets/emoji.json: the words of such names, and Unicode's names with the common ones. A word should stand for one
+    look: a "hot dog" that is a sausage would make all dogs worse.
+    """
+    tables, name = common.picture_tables("emoji"), unicodedata.name(character, "").lower()
+    if name in tables["called"]:
+        return tables["called"][name]
     words = re.findall(r"[a-z]+|[0-9]", name)
-    return "" if len(words) > 2 or NO_THINGS & set(words) else " ".join(words)
+    return "" if len(words) > 2 or not set(words).isdisjoint(tables["no_things"]) else " ".join(words)
 
 
 def paint_emoji(character, size):
@@ -271,22 +245,15 @@ def evaluate(options):
     names, rgba = all_emoji(config.image_size)
     pairs = [(colour, thing) for thing in HELD_OUT for colour in HUES]
     prompts = [f"a {colour} {thing}" for colour, thing in pairs]
-    settings = {
-        "steps": options.steps,
-        "cfg": options.cfg,
-        "seed_stride": options.num,
-    }  # noise of its own for each pair
-    settings["precision"] = common.pick_precision(options.precision, device)
-    rgb = dit_t2i.sample(model, config, prompts, options.num, **settings)
+    settings = {"steps": options.steps, "cfg": options.cfg, "seed_stride": options.num}  # each pair has its own noise
+    precision = common.pick_precision(options.precision, device)
+    rgb = dit_t2i.sample(model, config, prompts, options.num, precision=precision, **settings)
     common.save_picture(common.make_grid(rgb, len(HUES) * options.num), options.out)
     wanted = [pair for pair in pairs for _ in range(options.num)]
-    hues = sum(seen == colour for seen, (colour, _) in zip(colour_seen(rgb), wanted))
-    things = sum(seen == thing for seen, (_, thing) in zip(things_seen(rgb, names, rgba), wanted))
-    print(
-        f"of {len(wanted)} pictures of {len(HELD_OUT)} things in {len(HUES)} colours that were never shown together, "
-        f"{hues / len(wanted):.1%} have the right hue and {things / len(wanted):.1%} look most like the right thing; "
-        f"see {options.out}"
-    )
+    hues = np.mean([seen == colour for seen, (colour, _) in zip(colour_seen(rgb), wanted)])
+    things = np.mean([seen == thing for seen, (_, thing) in zip(things_seen(rgb, names, rgba), wanted)])
+    print(f"of {len(wanted)} pictures of {len(HELD_OUT)} things in {len(HUES)} colours that were never shown together,")
+    print(f"{hues:.1%} have the right hue and {things:.1%} look most like the right thing; see {options.out}")
 
 
 COMMANDS = {

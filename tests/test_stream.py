@@ -362,16 +362,6 @@ def test_nothing_but_failures_is_an_error_that_says_why(stream):
         stream(stream="nowhere/*.jsonl")
 
 
-def test_waiting_ends_when_the_run_is_interrupted_and_what_was_ready_comes_again(stream, monkeypatch):
-    monkeypatch.setattr(dit_t2i, "TIMEOUT", 30)
-    data = stream([("good", n) for n in range(5)] + [("stall", n) for n in range(5, 9)])
-    assert data.fetch(2)
-    data.read(range(2))
-    start = time.monotonic()
-    assert not data.fetch(8, stopped=lambda: time.monotonic() > start + 0.5)
-    assert time.monotonic() - start < 2 and data.state() == {"place": (0, 0, 2), "counts": {"fetched": 2}}
-
-
 # -- training --
 
 TRAIN = "--image-size 16 --depth 2 --num-heads 2 --head-dim 8 --text-dim 16 --device cpu --precision fp32".split()

@@ -41,9 +41,7 @@ def random_model(**changes):
 def test_the_write_ups_call_builds_281_million_parameters_with_their_names():
     layout = json.loads((FIXTURES / "adm_281m.json").read_text())
     with torch.device("meta"):
-        model = UNetModel(
-            in_channels=32, model_channels=256, out_channels=32, num_res_blocks=2, attention_resolutions=(16, 8)
-        )
+        model = UNetModel(in_channels=32, out_channels=32, num_res_blocks=2, attention_resolutions=(16, 8))
         preset = unet_ddpm.build_model(Config(**unet_ddpm.PRESETS["paper"]), 32, 32)
         wide_groups = UNetModel(32, 32, 256, 32, group_channels=64)
     for built in (model, preset):
@@ -53,19 +51,9 @@ def test_the_write_ups_call_builds_281_million_parameters_with_their_names():
 
 
 def test_every_argument_of_guided_diffusion_is_accepted_and_those_without_meaning_only_as_they_are():
-    ours = dict(
-        conv_resample=True,
-        dims=2,
-        use_fp16=False,
-        num_heads=2,
-        num_heads_upsample=-1,
-        use_scale_shift_norm=False,
-        resblock_updown=False,
-        use_new_attention_order=False,
-        dropout=0.1,
-        num_classes=3,
-        use_checkpoint=True,
-    )
+    ours = dict(conv_resample=True, dims=2, use_fp16=False, num_heads=2, num_heads_upsample=-1, num_classes=3)
+    ours |= dict(use_scale_shift_norm=False, resblock_updown=False, use_new_attention_order=False, dropout=0.1)
+    ours |= dict(use_checkpoint=True)
     names = set(UNetModel(**SMALL, **ours).state_dict())
     assert {"input_blocks.2.0.op.weight", "output_blocks.1.2.conv.weight"} <= names
     pooled = UNetModel(**SMALL, **(ours | dict(conv_resample=False)))
@@ -105,19 +93,13 @@ def test_every_position_the_time_and_the_class_matter():
 
 
 def test_checkpointing_computes_twice_and_changes_no_gradient(monkeypatch):
-    calls, gradients = [], []
-
-    def forward(self, x, emb, honest=unet_ddpm.ResBlock.forward):
-        calls[-1] += 1
-        return honest(self, x, emb)
-
-    monkeypatch.setattr(unet_ddpm.ResBlock, "forward", forward)
+    calls, gradients, forward = [], [], unet_ddpm.ResBlock.forward
+    monkeypatch.setattr(unet_ddpm.ResBlock, "forward", lambda *inputs: (calls.append(1), forward(*inputs))[1])
     for use_checkpoint in (False, True):
         model = random_model(use_checkpoint=use_checkpoint).train()
-        calls.append(0)
         model(torch.ones(1, 3, 8, 8), torch.tensor([5.0])).square().sum().backward()
         gradients.append([p.grad for p in model.parameters()])
-    assert calls[1] == 2 * calls[0] > 0
+    assert len(calls) == 3 * 10  # each of the ten blocks once, then twice
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients))
 
 
@@ -157,23 +139,32 @@ def test_betas_are_those_of_the_papers():
     assert 1 - unet_ddpm.alpha_bars("scaled-linear")[0].item() == pytest.approx(0.00085, rel=1e-3)
 
 
+def loss_of(config, network, x, noise, u):
+    """(loss of each picture, t), as train computes them."""
+    x_t, target, timestep, t = unet_ddpm.PAIRS[config.objective](config, x, noise, u)
+    return (network(x_t, timestep) - target).square().mean(dim=(1, 2, 3)), t
+
+
 @pytest.mark.parametrize("config", [FLOW, DDPM, DDPM_V, SCALED])
 def test_loss_is_zero_for_the_right_answer_and_for_no_other(config):
     x, noise, u = torch.full((64, 3, 2, 2), 0.5), torch.randn(64, 3, 2, 2), torch.linspace(0.01, 0.99, 64)
-    loss_function = unet_ddpm.LOSSES[config.objective]
-    loss, times = loss_function(config, Exact(config, std=0.0), x, noise, u)
-    assert loss.shape == (64,) and loss.max() < 1e-3
-    assert (times - u).abs().max() < 2e-3
-    assert loss_function(config, Exact(config, mean=0.4, std=0.0), x, noise, u)[0].max() > 1e-3
-    assert loss_function(config, lambda x, t: torch.zeros_like(x), x, noise, u)[0].min() > 0.05
+    loss, t = loss_of(config, Exact(config, std=0.0), x, noise, u)
+    assert loss.max() < 1e-3 and (t - u).abs().max() < 2e-3
+    assert loss_of(config, Exact(config, mean=0.4, std=0.0), x, noise, u)[0].max() > 1e-3
+    assert loss_of(config, lambda x, t: torch.zeros_like(x), x, noise, u)[0].min() > 0.05
 
 
-@pytest.mark.parametrize("config", [FLOW, DDPM])
-def test_the_network_sees_times_over_the_same_range(config):
-    seen, zeros = [], torch.zeros(50, 1, 1, 1)
-    u = torch.linspace(0, 1 - 1e-6, 50)
-    unet_ddpm.LOSSES[config.objective](config, lambda x, t: (seen.append(t), x)[1], zeros, zeros, u)
-    assert seen[0].min() == 0 and seen[0].max() == pytest.approx(999, abs=0.01) and (seen[0].diff() >= 0).all()
+def test_pairs_are_the_equations():
+    x, noise = torch.full((3, 1, 1, 1), 2.0), torch.tensor([1.0, -1.0, 3.0]).view(3, 1, 1, 1)
+    x_t, target, timestep, _ = unet_ddpm.flow_pair(FLOW, x, noise, torch.tensor([0.0, 0.25, 1.0]))
+    assert x_t.flatten().tolist() == [1.0, -0.25, 2.0]
+    assert target.flatten().tolist() == [1.0, 3.0, -1.0] and timestep.tolist() == [0, 249.75, 999]
+    u = torch.tensor([0.0, 0.2509, 0.9999])
+    a = torch.linspace(1e-4, 2e-2, 1000).neg().add(1).cumprod(0)[[0, 250, 999]].view(3, 1, 1, 1)
+    for config, expected in ((DDPM, noise), (DDPM_V, a.sqrt() * noise - (1 - a).sqrt() * x)):
+        x_t, target, timestep, t = unet_ddpm.ddpm_pair(config, x, noise, u)
+        assert timestep.tolist() == [0, 250, 999] and torch.equal(t, timestep / 1000)
+        assert torch.allclose(x_t, a.sqrt() * x + (1 - a).sqrt() * noise) and torch.allclose(target, expected)
 
 
 SOLVERS = [(FLOW, "euler", 50), (FLOW, "heun", 20), (FLOW, "dpm", 50), (DDPM, "ddim", 500), (DDPM, "ancestral", 200)]
@@ -232,7 +223,7 @@ def test_clipping_keeps_the_data_in_the_checkpoints_range():
 
 
 def test_solver_of_the_other_objective_is_refused():
-    with pytest.raises(UserError, match="learned flow; use"):
+    with pytest.raises(UserError, match="is not for flow weights; use euler or heun or dpm"):
         unet_ddpm.sample(Exact(FLOW), FLOW, solver="ddim")
 
 
@@ -293,7 +284,7 @@ def test_frechet_distance_of_gaussians():
 
 @pytest.fixture
 def networks(tmp_path):
-    """AlexNet, LPIPS' heads and a stand-in for Inception that takes bytes, as files: options of evaluate."""
+    """(AlexNet and a stand-in for Inception that takes bytes, as files: options of evaluate; AlexNet)."""
 
     class Features(torch.nn.Module):
         def forward(self, x: torch.Tensor, return_features: bool = False):
@@ -301,16 +292,13 @@ def networks(tmp_path):
             return x.float().mean(dim=(2, 3))
 
     torch.jit.script(Features()).save(tmp_path / "inception.pt")
-    lpips = common.Lpips()
-    save_file({f"features.{k}": v for k, v in lpips.features.state_dict().items()}, tmp_path / "alexnet.safetensors")
-    heads = {f"lin{i}.model.1.weight": head.view(1, -1, 1, 1) for i, head in enumerate(lpips.heads)}
-    save_file(heads, tmp_path / "heads.safetensors")
-    names = dict(inception="inception.pt", alexnet="alexnet.safetensors", lpips="heads.safetensors")
-    return {name: str(tmp_path / file) for name, file in names.items()}, lpips
+    alexnet = common.Lpips()
+    save_file({f"features.{k}": v for k, v in alexnet.features.state_dict().items()}, tmp_path / "alexnet.safetensors")
+    return dict(inception=str(tmp_path / "inception.pt"), alexnet=str(tmp_path / "alexnet.safetensors")), alexnet
 
 
 def test_distances_are_of_the_features_that_their_names_promise(networks):
-    files, lpips = networks
+    files, alexnet = networks
     pictures = common.Pictures(torch.randint(0, 256, (24, 3, 32, 32), dtype=torch.uint8), *[list(range(24))] * 3)
     data = unet_ddpm.Data(Config(image_size=32), pictures, left_out=[3, 5])
     config = unet_ddpm.EvaluateConfig(num=100, **files)
@@ -321,16 +309,16 @@ def test_distances_are_of_the_features_that_their_names_promise(networks):
     real, others = (pictures.pictures[chosen[part]] for part in order.split(11))
     assert distances.num == 11
     means = [part.float().mean(dim=(2, 3)) for part in (real, (made * 255).round())]
-    assert found["inception"] == pytest.approx(unet_ddpm.frechet(*means), rel=1e-4)
+    assert found["frechet_inception"] == pytest.approx(unet_ddpm.frechet(*means), rel=1e-4)
     with torch.no_grad():
-        layers = [lpips.layers(rgb) for rgb in (real / 255, made)]
+        layers = [alexnet.layers(rgb) for rgb in (real / 255, made)]
     features = [torch.cat([layer.mean(dim=(2, 3)) for layer in five], dim=1) for five in layers]
     assert features[0].shape == (11, 1152)
-    assert found["alexnet"] == pytest.approx(1000 * unet_ddpm.frechet(*features), rel=1e-3)
+    assert found["frechet_alexnet"] == pytest.approx(1000 * unet_ddpm.frechet(*features), rel=1e-3)
     levels = unet_ddpm.sliced_wasserstein(real / 255, made)
-    assert [found["swd"], found["finest"]] == pytest.approx([np.mean(levels), levels[0]], rel=1e-4)
+    assert [found["distance"], found["finest_level"]] == pytest.approx([np.mean(levels), levels[0]], rel=1e-4)
     levels = unet_ddpm.sliced_wasserstein(real / 255, others / 255)
-    assert distances.floor["swd"] == pytest.approx(np.mean(levels), rel=1e-4)
+    assert distances.floor["distance"] == pytest.approx(np.mean(levels), rel=1e-4)
 
 
 def test_what_is_no_inception_network_is_refused(tmp_path):
@@ -338,18 +326,14 @@ def test_what_is_no_inception_network_is_refused(tmp_path):
     torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "other.pt")
     for name in ("broken.pt", "other.pt"):
         with pytest.raises(UserError, match="not a readable Inception network"):
-            unet_ddpm.load_inception(tmp_path / name)
+            unet_ddpm.load_features(unet_ddpm.EvaluateConfig(inception=str(tmp_path / name)))
 
 
 # ---- data and stages ----
 
 TINY = dict(image_size=16, fold=2, model_channels=32, channel_mult=(1, 1), num_res_blocks=1, attention_resolutions=(4,))
 TINY |= dict(num_head_channels=16, group_channels=16, batch_size=8, lr=1e-3, device="cpu", precision="fp32")
-FLAGS = [
-    word
-    for k, v in TINY.items()
-    for word in ("--" + k.replace("_", "-"), *(map(str, v) if isinstance(v, tuple) else [str(v)]))
-]
+FLAGS = " ".join(f"--{k} {v}" for k, v in TINY.items()).replace("(1, 1)", "1 1").replace("(4,)", "4").split()
 
 
 @pytest.fixture(scope="session")
@@ -389,7 +373,7 @@ def seen(monkeypatch):
     return names
 
 
-def test_excluded_pictures_are_never_seen_and_finetuning_sees_no_others(train, tagged, seen):
+def test_excluded_pictures_are_never_seen_and_finetuning_sees_no_others(train, tagged, seen, tmp_path):
     train("base", steps=9, stage="exclude", exclude_tags=("red hair", "rare"), objective="ddpm")
     rows = [json.loads(line) for line in (tagged / "metadata.jsonl").read_text().splitlines()]
     unwanted = {row["file_name"] for row in rows if {"red hair", "rare"} & set(row["tags"])}
@@ -405,6 +389,10 @@ def test_excluded_pictures_are_never_seen_and_finetuning_sees_no_others(train, t
     assert all(torch.equal(value, base[name].bfloat16()) for name, value in load_file(marks[0]).items())
     train("fine", steps=4, lr=0.0, stage="finetune", start="base", resume="", model_channels=64, num_head_channels=32)
     assert set(seen) == unwanted
+    (tmp_path / "one").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "one" / "a.png")
+    with pytest.raises(UserError, match="with other pictures"):
+        train("other", steps=1, stage="finetune", start="base", data=(str(tmp_path / "one"),))
 
 
 @pytest.mark.parametrize(
@@ -419,7 +407,7 @@ def test_excluded_pictures_are_never_seen_and_finetuning_sees_no_others(train, t
         (dict(fold=3), "--fold 3 does not divide"),
         (dict(model_channels=48, group_channels=0), "multiple of 32"),
         (dict(num_head_channels=24), "no multiple of num_head_channels 24; make"),
-        (dict(attention_resolutions=(7,)), "sides are 8, 4; name some"),
+        (dict(attention_resolutions=(7,)), "sides are .8, 4.; name some"),
         (dict(image_size=18), "maps of side 9 cannot be halved"),
     ],
 )
@@ -428,14 +416,6 @@ def test_what_cannot_be_is_refused(train, changes, message):
         train(changes["start"], steps=1)
     with pytest.raises(UserError, match=message):
         train("other", steps=1, **changes)
-
-
-def test_finetuning_wants_the_pictures_that_the_base_had(train, tmp_path):
-    train("base", steps=1, stage="exclude", exclude_tags=("rare",))
-    (tmp_path / "one").mkdir()
-    Image.new("RGB", (16, 16)).save(tmp_path / "one" / "a.png")
-    with pytest.raises(UserError, match="with other pictures"):
-        train("fine", steps=1, stage="finetune", start="base", data=(str(tmp_path / "one"),))
 
 
 def test_unshuffled_pictures_are_mirrored_pixel_by_pixel():
@@ -449,20 +429,10 @@ def test_unshuffled_pictures_are_mirrored_pixel_by_pixel():
 
 
 def test_latents_are_encoded_once_trained_on_and_decoded(train, tagged, tmp_path, monkeypatch, capsys, seen):
-    for seed, name in enumerate(("vae", "other")):
-        torch.manual_seed(seed)
-        save_file(common.AutoencoderKL(widths=(32, 32, 32, 32)).state_dict(), tmp_path / f"{name}.safetensors")
-    encoded = []
-
-    def encode(self, x, honest=common.AutoencoderKL.encode):
-        encoded.append(len(x))
-        return honest(self, x)
-
-    monkeypatch.setattr(common.AutoencoderKL, "encode", encode)
+    save_file(common.AutoencoderKL(widths=(32, 32, 32, 32)).state_dict(), tmp_path / "vae.safetensors")
+    encoded, honest = [], common.AutoencoderKL.encode
+    monkeypatch.setattr(common.AutoencoderKL, "encode", lambda self, x: (encoded.append(len(x)), honest(self, x))[1])
     options = dict(vae="vae.safetensors", image_size=32, channel_mult=(1,), steps=2)
-    with pytest.raises(UserError, match="maps of side 3 cannot be halved 1 times"):  # not after hours of encoding
-        train("odd", **(options | dict(image_size=24, channel_mult=(1, 1))))
-    assert not encoded
     for out in ("one", "two"):
         assert train(out, stage="exclude", exclude_tags=("rare",), **options) == 0
     assert sum(encoded) == 24
@@ -470,12 +440,8 @@ def test_latents_are_encoded_once_trained_on_and_decoded(train, tagged, tmp_path
     assert header["latent"] == [4, 4] and len(header["left_out"]) == 6 and set(seen).isdisjoint(header["left_out"])
     (shards,) = Path("data").glob("latents-*")
     assert train("three", **(options | dict(data=(str(shards),)))) == 0  # the shards' folder itself
-    with pytest.raises(UserError, match="of --image-size 32; give the same"):
-        train("four", **(options | dict(data=(str(shards),), image_size=16)))
     with pytest.raises(UserError, match="in the latents of a VAE; name its weights"):
         train("five", **(options | dict(data=(str(shards),), vae="")))
-    with pytest.raises(UserError, match="--vae needs pictures"):
-        train("six", **(options | dict(data=("drawn",))))
 
     model, config = unet_ddpm.load_model("one/model.safetensors")
     vae = common.load_vae("vae.safetensors")
@@ -492,13 +458,17 @@ def test_latents_are_encoded_once_trained_on_and_decoded(train, tagged, tmp_path
     assert "9 pictures in 2 steps" in capsys.readouterr().out  # 18 of 24 were trained on
 
 
-def test_published_checkpoint_loads_without_running_its_pickle(tmp_path):
-    layout = json.loads((FIXTURES / "adm_281m.json").read_text())
+@pytest.mark.parametrize("name, count", [("adm_281m", 281_730_336), ("adm_281m_raw_ds", 280_674_336)])
+def test_published_checkpoint_loads_in_both_layouts_that_the_write_up_allows(name, count, tmp_path):
+    layout = json.loads((FIXTURES / f"{name}.json").read_text())
     weights = {k: torch.zeros(()).expand(v) for k, v in layout.items()}  # stored as one number each
     torch.save(weights, tmp_path / "model_ema.pt")
     model, config = unet_ddpm.load_model(tmp_path / "model_ema.pt", objective="ddpm", predict="v")
-    assert sum(p.numel() for p in model.parameters()) == 281_730_336
+    assert sum(p.numel() for p in model.parameters()) == count
     assert model.header["latent"] == [32, 32] and (config.objective, config.predict) == ("ddpm", "v")
+
+
+def test_a_checkpoints_pickle_is_not_run(tmp_path):
     torch.save({"weights": object()}, tmp_path / "evil.pt")
     with pytest.raises(UserError, match="not a readable weight file"):
         unet_ddpm.load_model(tmp_path / "evil.pt")
@@ -511,11 +481,11 @@ def test_objectives_learn_from_the_same_data_noise_and_times(train, monkeypatch)
     received = {"flow": [], "ddpm": []}
     for objective in received:
 
-        def loss(config, model, x, noise, u, honest=unet_ddpm.LOSSES[objective], name=objective):
+        def pair(config, x, noise, u, honest=unet_ddpm.PAIRS[objective], name=objective):
             received[name].append((x, noise, u))
-            return honest(config, model, x, noise, u)
+            return honest(config, x, noise, u)
 
-        monkeypatch.setitem(unet_ddpm.LOSSES, objective, loss)
+        monkeypatch.setitem(unet_ddpm.PAIRS, objective, pair)
         train(objective, steps=3, objective=objective, grad_accum=2)
     assert len(received["flow"]) == 6
     for one, other in zip(*received.values()):
@@ -531,29 +501,10 @@ def test_training_learns_the_colours_there_are(train, objective, predict):
     assert torch.cdist(rgb, pure).amin(dim=1).median() < 0.35
 
 
-def test_noise_prediction_learns_to_tell_pictures_from_noise(train, tmp_path):
-    """Pictures of two halves, one white. At t = 300 the data found must be far better than any pixel-wise guess, whose
-    mean square error is 1 - alpha_bar. (Sampling starts at t = 999, for which 200 steps of training are too few.)"""
-    halves = np.full((4, 16, 16), 0, np.uint8)
-    halves[0, :8] = halves[1, 8:] = halves[2, :, :8] = halves[3, :, 8:] = 255
-    (tmp_path / "halves").mkdir()
-    for i in range(24):
-        Image.fromarray(halves[i % 4]).convert("RGB").save(tmp_path / "halves" / f"{i:02d}.png")
-    train("run", data=("halves",), steps=200, lr=4e-3, objective="ddpm")
-    model, _ = unet_ddpm.load_model("run/model.safetensors")
-    x = torch.from_numpy(halves).float()[:, None].repeat(6, 3, 1, 1) / 127.5 - 1
-    x = torch.nn.functional.pixel_unshuffle(x, 2)
-    alpha_bar, noise = unet_ddpm.alpha_bars("linear")[300], torch.randn(x.shape)
-    x_t = alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise
-    with torch.no_grad():
-        found = (x_t - (1 - alpha_bar).sqrt() * model(x_t, torch.full((24,), 300.0))) / alpha_bar.sqrt()
-    assert (found - x).square().mean() < 0.35 * (1 - alpha_bar)
-
-
 def test_eight_bit_adamw_is_chosen_where_it_can_run(monkeypatch):
     for found, device, optimizer in ((None, "cuda", "adamw"), (1, "cuda", "adamw8bit"), (1, "cpu", "adamw")):
         monkeypatch.setattr(unet_ddpm.importlib.util, "find_spec", lambda name, found=found: found)
-        assert unet_ddpm.settle(Config(optimizer="auto"), torch.device(device)).optimizer == optimizer
+        assert unet_ddpm.resolve(Config(optimizer="auto"), torch.device(device)).optimizer == optimizer
 
 
 # ---- comparison ----
@@ -563,7 +514,7 @@ def test_eight_bit_adamw_is_chosen_where_it_can_run(monkeypatch):
 def compare(train, monkeypatch, capsys):
     """compare with fewer steps than a trained model wants: (exit code, stderr, rows of compare.csv)."""
     monkeypatch.setattr(unet_ddpm, "SAMPLING_STEPS", (2, 5))
-    monkeypatch.setattr(unet_ddpm, "TRAINING_STEPS", 2)
+    monkeypatch.setattr(unet_ddpm, "MARK_STEPS", 2)
 
     def run(*words, out="runs/compare"):
         code = unet_ddpm.main(["compare", "--num", "8", "--out", out, *map(str, words)])
@@ -580,12 +531,10 @@ def test_compare_trains_three_objectives_and_goes_on_where_it_was_killed(compare
     headers = {name: header_of(folder / name) for name in ("flow", "ddpm", "ddpm-v")}
     assert code == 0 and all(header["step"] == 3 for header in headers.values())
     assert [(r["objective"], r["sampling_steps"], r["seed"]) for r in rows] == [
-        (name, steps, "0") for name in headers for steps in ("2", "5")
+        (name, steps, "0") for steps in ("2", "5") for name in headers
     ]
     chosen = [(h["config"]["objective"], h["config"]["predict"]) for h in headers.values()]
     assert chosen == [("flow", "eps"), ("ddpm", "eps"), ("ddpm", "v")]
-    page = (folder / "index.html").read_text()
-    assert "by training steps</h2>" in page and "finest level" in page and "<td>floor</td>" in page
     assert Image.open(folder / "compare.png").size[0] > 1000
     # The numbers are those that evaluate prints.
     words_2 = f"evaluate --weights {folder}/ddpm --num 8 --steps 5 --precision fp32".split()
@@ -598,14 +547,13 @@ def test_compare_trains_three_objectives_and_goes_on_where_it_was_killed(compare
     # Killed before the third run: the other two are used as they are.
     for path in sorted((folder / "ddpm-v").rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
-    (folder / "flow" / "state.safetensors").unlink()  # and a run from elsewhere, of which only the results are here
     seen.clear()
     code, _, again = compare(*words)
     assert code == 0 and again == rows and len(seen) == 24
     # Runs can be named.
     code, _, named = compare("--runs", folder / "ddpm-v", folder / "flow", out="named")
-    assert code == 0 and [r["objective"] for r in named] == ["ddpm-v"] * 2 + ["flow"] * 2
-    assert named[2:] == rows[:2]
+    assert code == 0 and [r["objective"] for r in named] == ["ddpm-v", "flow"] * 2
+    assert named[1::2] == rows[::3]
 
 
 def test_compare_shows_how_finetuning_adapts(train, compare, tagged, networks):
@@ -617,7 +565,7 @@ def test_compare_shows_how_finetuning_adapts(train, compare, tagged, networks):
     code, errors, rows = compare(*words, "--inception", networks[0]["inception"])
     assert code == 0, errors
     page = Path("runs/compare/index.html").read_text()
-    assert "by fine-tuning steps</h2><table><tr><td></td><td>0</td><td>3</td></tr><tr><td>flow</td>" in page
+    assert re.search(r"by fine-tuning steps</h2><table><tr><td>flow</td><td>0: [0-9.]+</td><td>3: ", page)
     assert all(float(row["frechet_inception"]) > 0 and "frechet_alexnet" not in row for row in rows)
     train("all", steps=1, objective="ddpm")
     code, errors, _ = compare("--runs", "base/flow", "all")
@@ -645,18 +593,10 @@ def slope_of_means(model, config, x, noise):
     return ((true * (predicted - predicted.mean())).sum() / true.square().sum()).item()
 
 
-def test_slope_of_means_is_one_for_a_network_that_sees_them_and_zero_for_one_that_does_not():
-    x, noise = 0.5 + 0.2 * torch.randn(32, 12, 20, 20), torch.randn(32, 12, 20, 20)
-    for config in (DDPM, DDPM_V):
-        assert slope_of_means(Exact(config), config, x, noise) == pytest.approx(1, abs=0.01)
-    blind = lambda x, t: Exact(DDPM)(x - x.mean(dim=(2, 3), keepdim=True), t)  # noqa: E731
-    assert slope_of_means(blind, DDPM, x, noise) == pytest.approx(0, abs=0.01)
-
-
 def test_shipped_ddpm_weights_predict_the_means_of_the_noise():
     """weights/unet_ddpm_ddpm.safetensors: without this, samples have far too strong colours."""
     model, config = unet_ddpm.load_model(ROOT / "weights" / "unet_ddpm_ddpm.safetensors")
-    x = torch.nn.functional.pixel_unshuffle(painted_faces(64).pictures / 127.5 - 1, config.fold)
+    x = torch.nn.functional.pixel_unshuffle(painted_faces(32).pictures / 127.5 - 1, config.fold)
     assert slope_of_means(model, config, x, torch.randn(x.shape, generator=common.generator(123))) > 0.9
 
 
@@ -665,11 +605,11 @@ def test_shipped_weights_sample_faces_and_the_bar_would_show_if_they_did_not(nam
     paths = [ROOT / "weights" / f"{file}.safetensors" for file in ("unet_ddpm", "unet_ddpm_ddpm")]
     assert sum(path.stat().st_size for path in paths) < 20e6
     model, config = unet_ddpm.load_model(ROOT / "weights" / f"{name}.safetensors")
-    data = unet_ddpm.Data(config, painted_faces(128))
-    distances = unet_ddpm.Distances(unet_ddpm.EvaluateConfig(num=64), data, None, torch.device("cpu"))
+    data = unet_ddpm.Data(config, painted_faces(64))
+    distances = unet_ddpm.Distances(unet_ddpm.EvaluateConfig(num=32), data, None, torch.device("cpu"))
 
     def ratio(model, steps):
-        return distances(unet_ddpm.sample(model, config, 64, steps))["swd"] / distances.floor["swd"]
+        return distances(unet_ddpm.sample(model, config, 32, steps))["distance"] / distances.floor["distance"]
 
     assert config.objective == objective
     assert ratio(model, 10) < bar

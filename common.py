@@ -1307,12 +1307,16 @@ def decode_rows(rows, size, skipped):
         try:
             return row, read_picture(row.picture, size)
         except Exception as problem:  # Pillow raises nearly anything on a broken file
-            skipped.append(f"{row.name}: {str(problem)[:100]}")
+            return f"{row.name}: {str(problem)[:100]}"
 
     rows = iter(rows)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         while chunk := list(itertools.islice(rows, 64)):
-            yield from filter(None, pool.map(decode, chunk))
+            for result in pool.map(decode, chunk):
+                if isinstance(result, str):
+                    skipped.append(result)
+                else:
+                    yield result
 
 
 def picture_tensor(pictures):
@@ -1698,8 +1702,10 @@ class Run:
                 yield self.step
         finally:
             print(file=sys.stderr)  # ends the line of write_line()
+            # torchrun passes Ctrl-C on to processes that have already got it: the second one must not end finish().
+            ignored = self.interrupted and world() > 1
             for number, handler in old.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_IGN if ignored else handler)
 
     def add(self, loss, times):
         """Note the loss of each picture of one pass, (B,), and its time, (B,) in [0, 1]."""

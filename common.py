@@ -31,6 +31,7 @@ import sys
 import tarfile
 import time
 import typing
+import unicodedata
 import zlib
 from pathlib import Path
 
@@ -39,7 +40,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageChops, ImageCms, ImageColor, ImageDraw, ImageFont, ImageOps
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -234,10 +235,11 @@ def ddim_step(x, eps, alpha_bar, alpha_bar_next, eta=0.0, noise=0):
     return alpha_bar_next**0.5 * data + (1 - alpha_bar_next - sigma**2) ** 0.5 * eps + sigma * noise
 
 
-def clip_x0(x, eps, alpha_bar, limit):
-    """The predicted noise eps, changed so that the data it implies lie in [-limit, limit]. Near alpha_bar = 0, where
-    those data are a small difference divided by sqrt(alpha_bar), they would leave it (as in Ho et al. 2020's code)."""
-    data = ((x - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5).clamp(-limit, limit)
+def clip_x0(x, eps, alpha_bar, data_max):
+    """The predicted noise eps, changed so that the data it implies lie in [-data_max, data_max]. Near alpha_bar = 0,
+    where those data are a small difference divided by sqrt(alpha_bar), they would leave it (as in Ho et al. 2020's
+    code)."""
+    data = ((x - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5).clamp(-data_max, data_max)
     return (x - alpha_bar**0.5 * data) / (1 - alpha_bar) ** 0.5
 
 
@@ -340,23 +342,29 @@ def check_map(x, channels, multiple):
 
 def one_by_one(function, batch):
     """function(batch) in float32. On a CPU one picture at a time: as fast, in a fraction of the memory, and the result
-    for a picture does not depend on its batch."""
-    parts = batch.split(1) if batch.device.type == "cpu" else [batch]
-    return torch.cat([function(part).float() for part in parts])
+    for a picture does not depend on its batch. Never computed in float16, whose largest number, 65504, the activations
+    of published autoencoders exceed."""
+    kind = batch.device.type
+    parts = batch.split(1) if kind == "cpu" else [batch]
+    in_fp16 = kind in ("cpu", "cuda") and torch.get_autocast_dtype(kind) == torch.float16
+    with torch.autocast(kind, enabled=False) if in_fp16 else contextlib.nullcontext():
+        return torch.cat([function(part).float() for part in parts])
 
 
 class AutoencoderKL(nn.Module):
     """The autoencoder of latent diffusion (Rombach et al. 2022, section 3.1): SD's and, with `batch_norm`, FLUX.2's.
 
     SD's latents are multiplied by `scale`, 0.18215: one over their standard deviation, measured on training pictures.
-    (SDXL's file looks the same, but its scale is 0.13025: set `vae.scale`.) FLUX.2's are normalised in 2x2 patches,
-    each of the 4 * latent_channels channels by the running statistics of a batch norm that come with the weights.
+    (SDXL's file looks the same, but its scale is 0.13025; load_vae() reads it from the config.json beside the file.)
+    FLUX.2's are normalised in 2x2 patches, each of the 4 * latent_channels channels by the running statistics of a
+    batch norm that come with the weights.
     widths, decoder_widths: channels at each resolution, highest first, multiples of 32.
     """
 
     def __init__(self, latent_channels=4, widths=(128, 256, 512, 512), decoder_widths=None, batch_norm=False):
         super().__init__()
-        self.latent_channels, self.stride, self.scale = latent_channels, 2 ** (len(widths) - 1), 0.18215
+        self.latent_channels, self.stride = latent_channels, 2 ** (len(widths) - 1)
+        self.scale, self.shift = 0.18215, 0.0
         self.encoder = KLHalf(3, 2 * latent_channels, widths, "down")
         self.decoder = KLHalf(latent_channels, 3, (decoder_widths or widths)[::-1], "up")
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
@@ -387,7 +395,7 @@ class AutoencoderKL(nn.Module):
     def normalise(self, z, inverse=False):
         """Raw latent -> the latent that a model sees, or the inverse."""
         if self.bn is None:
-            return z / self.scale if inverse else z * self.scale
+            return z / self.scale + self.shift if inverse else (z - self.shift) * self.scale
         z = F.pixel_unshuffle(z, 2)  # (B, 4C, H/2, W/2)
         mean = self.bn.running_mean[:, None, None]
         std = (self.bn.running_var[:, None, None] + self.bn.eps).sqrt()
@@ -458,11 +466,9 @@ VAE_NAMES = [
 ]
 # What a folder may hold, the best first: the prefix that the names need, and the file.
 VAE_FOLDERS = [
-    {"": "diffusion_pytorch_model.safetensors"}, {"": "diffusion_pytorch_model.bin"},
-    {"encoder.": "taef2_encoder.safetensors", "decoder.": "taef2_decoder.safetensors"},
-    {"encoder.": "taef2_encoder.pth", "decoder.": "taef2_decoder.pth"},
-    {"": "vae/diffusion_pytorch_model.safetensors"},
-]
+    {"": f"{folder}diffusion_pytorch_model.{kind}"}
+    for folder in ("", "vae/") for kind in ("safetensors", "fp16.safetensors", "bin")
+] + [{f"{half}.": f"taef2_{half}.{kind}" for half in ("encoder", "decoder")} for kind in ("safetensors", "pth")]
 # fmt: on
 
 
@@ -475,12 +481,13 @@ def load_vae(path):
     if path.is_dir():
         files = next((f for f in VAE_FOLDERS if all((path / name).is_file() for name in f.values())), None)
         if files is None:
-            known = ", ".join(" and ".join(f.values()) for f in VAE_FOLDERS)
+            known = "diffusion_pytorch_model.safetensors, or taef2_encoder and taef2_decoder"
             raise UserError(f"no autoencoder in {path}; a folder should hold {known}")
     for prefix, name in files.items():
         content, _ = load_tensors(path / name)
-        content = content.get("state_dict", content)
-        weights |= {f"{prefix}{k}": v.float() for k, v in content.items() if torch.is_tensor(v)}
+        with reading(path / name, "autoencoder"):
+            content = content.get("state_dict", content)
+            weights |= {f"{prefix}{k}": v.float() for k, v in content.items() if torch.is_tensor(v)}
     whole = "first_stage_model."  # the autoencoder within a whole SD checkpoint
     weights = {k.removeprefix(whole): v for k, v in weights.items() if k.startswith(whole)} or weights
     for theirs, ours in VAE_NAMES:
@@ -507,6 +514,11 @@ def load_vae(path):
             raise UserError(f"{path} is no autoencoder of SD, FLUX.2 or TAEF2; it holds {found}")
     load_into(vae, weights, path)
     vae.hash = "-".join(file_hash(path / name) for name in files.values())
+    settings = (path / name).parent / "config.json"
+    if settings.is_file() and isinstance(vae, AutoencoderKL):
+        with reading(settings, "configuration of an autoencoder"):
+            config = json.loads(settings.read_text("utf-8"))
+            vae.scale, vae.shift = config.get("scaling_factor") or vae.scale, config.get("shift_factor") or vae.shift
     # The memory format in which a CPU's bfloat16 convolutions are fastest
     return vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
@@ -602,6 +614,12 @@ def reading(path, what):
         raise UserError(f"{path} is not a readable {what} ({reason}); name another") from None
 
 
+def printable(text):
+    """The text with control characters and bytes that are no UTF-8 as escapes, such as \\x1b: the name of a file or the
+    header of a checkpoint must not reach the terminal as a command."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 def option(default, help, choices=None, low=-math.inf, high=math.inf, flag=None, positional=False, picture=False):
     """A dataclass field that is also a command-line option.
 
@@ -687,6 +705,8 @@ def config_from_header(config_class, header, path):
     with reading(path, "checkpoint of this program"):
         known = {field.name for field in dataclasses.fields(config_class)}
         values = {name: value for name, value in header["config"].items() if name in known}
+        if isinstance(values.get("data"), str):  # one path, in older checkpoints
+            values["data"] = [values["data"]]
         config = config_class(**with_tuples(values))
         check_config(config)
     return config
@@ -763,6 +783,9 @@ def run_command_line(system, doc, subcommands, argv=None):
             sub.add_argument("--preset", choices=list(presets), default=argparse.SUPPRESS, help="settings [demo]")
         add_options(sub, config_class, (presets or {}).get("demo", {}))
     keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a character that the terminal lacks is printed as an escape
+            stream.reconfigure(errors="backslashreplace")
     words = sys.argv[1:] if argv is None else argv
     words = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in words]
     try:
@@ -779,7 +802,7 @@ def run_command_line(system, doc, subcommands, argv=None):
             raise
         if no_memory:
             problem = "out of memory; lower --batch-size or the pictures' size, or raise --grad-accum"
-        print(f"error in process {rank()}: {problem}" if rank() else f"error: {problem}", file=sys.stderr)
+        print(f"error in process {rank()}:" if rank() else "error:", printable(problem), file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -1084,10 +1107,12 @@ def save_tensors(path, tensors, header):
 
 
 def load_tensors(path, header_only=False):
-    """(name -> tensor, header or None) of a weight file. A .pt, .pth, .ckpt or .bin file is unpickled with
-    weights_only, so that no code in it can run. header_only: read no tensors of a safetensors file. Raises UserError.
-    """
+    """(name -> tensor, header or None) of a weight file or of a run folder's model.safetensors. The prefixes that
+    torch.compile and DistributedDataParallel give to names are taken off. A .pt, .pth, .ckpt or .bin file is unpickled
+    with weights_only, so that no code in it can run. header_only: read no tensors of a safetensors file. Raises
+    UserError."""
     path = Path(path)
+    path = path / "model.safetensors" if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"no weights at {path}; train some first, or name a file")
     with reading(path, "weight file"):
@@ -1095,11 +1120,17 @@ def load_tensors(path, header_only=False):
             # Published checkpoints carry plain objects along: JiT's its options, Stable Diffusion's a callback's name.
             callback = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
             with torch.serialization.safe_globals([argparse.Namespace, (type("Callback", (), {}), callback)]):
-                return dict(torch.load(path, map_location="cpu", weights_only=True)), None
+                return plain_names(torch.load(path, map_location="cpu", weights_only=True)), None
         with safe_open(path, "pt") as file:
             header = (file.metadata() or {}).get("config")
         header = json.loads(header) if header and header.startswith("{") else None
-        return {} if header_only else load_file(path), header
+        return {} if header_only else plain_names(load_file(path)), header
+
+
+def plain_names(weights):
+    """A state dictionary, and those within it, without torch.compile's and DistributedDataParallel's prefixes."""
+    weights = {str(k).replace("_orig_mod.", "").removeprefix("module."): v for k, v in weights.items()}
+    return {k: plain_names(v) if isinstance(v, dict) else v for k, v in weights.items()}
 
 
 def find_weights(given, system):
@@ -1124,7 +1155,8 @@ def load_into(model, weights, path):
         raise UserError(f"{path} does not fit this model: {'; '.join(problems[:3])}{more}")
     if any(tensor.is_meta for tensor in own.values()):
         own = model.to_empty(device="cpu").state_dict()
-    model.load_state_dict({name: shard_like(tensor, own[name]) for name, tensor in weights.items()})
+    with reading(path, "weight file"):  # sparse and quantized tensors fail here
+        model.load_state_dict({name: shard_like(tensor, own[name]) for name, tensor in weights.items()})
 
 
 def shard_like(tensor, other):
@@ -1167,27 +1199,33 @@ def load_optimizer(model, optimizer, tensors, path):
 # Pictures in: one reader for folders, webdataset's .tar and .parquet files with pictures inside
 
 MAX_PIXELS = 64_000_000  # a picture with more is skipped before it is decoded
+# Pillow's other formats are no pictures of the camera or the web, or start another program (EPS).
+FORMATS = "PNG JPEG MPO WEBP AVIF GIF BMP DIB TIFF JPEG2000 PPM TGA ICO".split()
+CAPTION_FIELDS = "text", "caption", "prompt", "description"
 
 
 class Row(typing.NamedTuple):
-    """A picture of a data set: its name, its file or bytes, and what is written about it."""
+    """A picture of a data set: its name, its file or bytes, and what is written about it. fields: those of its record
+    of metadata."""
 
     name: str
     picture: Path | bytes
     caption: str
     tags: list[str]
+    fields: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass
 class Pictures:
     """A data set in memory: pictures (N, 3, size, size) uint8, and a name, a caption and tags for each. skipped: a line
-    for each picture that could not be read."""
+    for each picture that could not be read; fields: those of the metadata, sorted."""
 
     pictures: torch.Tensor
     names: list[str]
     captions: list[str]
     tags: list[list[str]]
     skipped: list[str] = dataclasses.field(default_factory=list)
+    fields: list[str] = dataclasses.field(default_factory=list)
 
     def __len__(self):
         return len(self.names)
@@ -1199,13 +1237,12 @@ class Pictures:
 
 
 def open_picture(source, size=None):
-    """A file or file object as an RGB picture of Pillow: an animation's first frame; transparent parts white. size: a
+    """A file or file object as an sRGB picture of Pillow: an animation's first frame; transparent parts white. size: a
     JPEG may be decoded at a lower resolution whose sides are at least twice that. Raises any exception."""
-    with Image.open(source) as picture:
+    Image.init()  # loads Pillow's formats, of which an old version lacks some
+    with Image.open(source, formats=[kind for kind in FORMATS if kind in Image.OPEN]) as picture:
         if picture.width * picture.height > MAX_PIXELS:
             raise ValueError(f"{picture.width} x {picture.height} pixels are too many")
-        if picture.format == "EPS":
-            raise ValueError("PostScript is not read: Pillow would start a program")
         if size:
             picture.draft("RGB", (2 * size, 2 * size))
         picture.load()
@@ -1215,7 +1252,16 @@ def open_picture(source, size=None):
             picture = ImageOps.exif_transpose(picture)
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        if profile := picture.info.get("icc_profile"):
+            with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a broken profile
+                picture = picture.convert("RGB") if picture.mode == "P" else picture
+                colours = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+                mode = "RGBA" if picture.mode == "RGBA" else "RGB"
+                picture = ImageCms.profileToProfile(picture, *colours, outputMode=mode)
+        if picture.mode == "RGBA":
+            white = Image.new("RGB", picture.size, "white")
+            white.paste(picture, mask=picture.getchannel("A"))
+            return white
         return picture.convert("RGB")
 
 
@@ -1226,31 +1272,58 @@ def read_picture(source, size):
 
 
 def caption_and_tags(record):
-    """(caption, tags) of a metadata record: text, caption or prompt; tags as a list or separated by commas."""
-    caption = next((record[key] for key in ("text", "caption", "prompt") if isinstance(record.get(key), str)), "")
+    """(caption, tags) of a metadata record: the first of CAPTION_FIELDS; tags as a list or separated by commas."""
+    caption = next((record[key] for key in CAPTION_FIELDS if isinstance(record.get(key), str)), "")
     tags = record.get("tags") or []
     tags = tags.split(",") if isinstance(tags, str) else tags
     return caption.strip(), [str(tag).strip() for tag in tags]
 
 
+def folder_records(files, pictures):
+    """picture -> its record in metadata.jsonl or metadata.csv, as in Hugging Face's imagefolder. A row whose file_name
+    is no picture (another folder, an absolute path, backslashes, other capitals or Unicode) belongs to the one picture
+    that has the same name without its folder; rows that match none are counted."""
+
+    def last_part(path):
+        return unicodedata.normalize("NFC", re.split(r"[/\\]", str(path))[-1]).casefold()
+
+    by_name, records, lost = collections.defaultdict(list), {}, []
+    for path in pictures:
+        by_name[last_part(path)].append(path)
+    for path in files:
+        if path.name not in ("metadata.jsonl", "metadata.csv"):
+            continue
+        with reading(path, "table of pictures, with file_name and text or tags in each row"):
+            lines = io.StringIO(path.read_text("utf-8-sig"))
+            for record in csv.DictReader(lines) if path.suffix == ".csv" else map(json.loads, filter(str.strip, lines)):
+                if not isinstance(record.get("file_name"), str):
+                    raise ValueError(f"no file_name among {', '.join(record)}")
+                named = path.parent / record["file_name"]
+                same = [named] if named in pictures else by_name[last_part(named)]
+                if len(same) == 1:
+                    records[same[0]] = record
+                else:
+                    lost.append(named)
+    if lost:
+        print(printable(f"{len(lost)} rows of metadata match no picture, such as {lost[0]}, which is not there"))
+    return records
+
+
 def folder_rows(folder):
-    """The pictures below a folder, sorted by name, with the captions and tags of metadata.jsonl or metadata.csv, as in
-    Hugging Face's imagefolder, or else with the caption in a .txt file beside each."""
-    suffixes, records = Image.registered_extensions(), {}
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in files:
-        if path.name in ("metadata.jsonl", "metadata.csv"):
-            with reading(path, "table of pictures, with file_name and text or tags in each row"):
-                lines = io.StringIO(path.read_text("utf-8-sig"))
-                table = csv.DictReader(lines) if path.suffix == ".csv" else map(json.loads, filter(str.strip, lines))
-                records |= {path.parent / record["file_name"]: record for record in table}
-    for path in files:
-        if path.suffix.lower() in suffixes:
-            caption, tags = caption_and_tags(records.get(path, {}))
-            beside = path.with_suffix(".txt")
-            if not caption and beside.is_file():
-                caption = beside.read_text("utf-8-sig", "replace").strip()
-            yield Row(path.relative_to(folder).as_posix(), path, caption, tags)
+    """The pictures below a folder, sorted by name, with the captions and tags of a metadata table, or else with the
+    caption in a .txt or .caption file beside each. Hidden files and folders are left out."""
+    suffixes = Image.registered_extensions()
+    parts = ((path, path.relative_to(folder).parts) for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path, names in parts if not any(name.startswith(".") for name in names))
+    pictures = dict.fromkeys(path for path in files if path.suffix.lower() in suffixes)
+    records = folder_records(files, pictures)
+    for path in pictures:
+        record = records.get(path, {})
+        caption, tags = caption_and_tags(record)
+        beside = [path.with_suffix(".txt"), path.with_suffix(".caption")]
+        for file in filter(Path.is_file, [] if caption else beside):
+            caption = file.read_text("utf-8-sig", "replace").strip()
+        yield Row(path.relative_to(folder).as_posix(), path, caption, tags, tuple(record))
 
 
 def tar_rows(path):
@@ -1262,11 +1335,12 @@ def tar_rows(path):
         members = ((*re.fullmatch(r"((?:.*/)?[^.]*)(.*)", m.name, re.S).groups(), m) for m in file if m.isfile())
         for _, sample in itertools.groupby(members, lambda member: member[0]):
             parts = {kind.lower(): (m.name, file.extractfile(m).read()) for _, kind, m in sample}
-            caption, tags = caption_and_tags(json.loads(parts[".json"][1]) if ".json" in parts else {})
+            record = json.loads(parts[".json"][1]) if ".json" in parts else {}
+            caption, tags = caption_and_tags(record)
             if not caption and ".txt" in parts:
                 caption = parts[".txt"][1].decode("utf-8", "replace").strip()
             for kind in list(filter(suffixes.get, parts))[:1]:
-                yield Row(*parts[kind], caption, tags)
+                yield Row(*parts[kind], caption, tags, tuple(record))
 
 
 def parquet_rows(path):
@@ -1281,15 +1355,16 @@ def parquet_rows(path):
         if not column:
             raise ValueError(f"no column of pictures among {', '.join(record)}")
         name = column.get("path") or f"{path.stem}-{number:06d}"
-        yield Row(name, column["bytes"] or b"", *caption_and_tags(record))
+        yield Row(name, column["bytes"] or b"", *caption_and_tags(record), tuple(record))
 
 
 def find_rows(data):
     """The Row of each picture in folders, .tar and .parquet files, in an order that is the same everywhere. Raises
     UserError for what is none of these."""
-    for path in map(Path, data):
+    for name in data:
+        path = Path(name)
         kind = {".tar": tar_rows, ".parquet": parquet_rows}.get(path.suffix.lower())
-        if path.is_dir():
+        if path.is_dir() and name:  # Path("") is the current folder
             yield from folder_rows(path)
         elif kind and path.is_file():
             with reading(path, "file of pictures"):
@@ -1301,7 +1376,8 @@ def find_rows(data):
 
 def decode_rows(rows, size, skipped):
     """(row, (size, size, 3) uint8) for each Row whose picture is readable; for each other one, a line that says why is
-    added to the list `skipped`. Threads decode 64 at a time: Pillow works outside Python's lock."""
+    added to the list `skipped`. Threads decode, since Pillow works outside Python's lock; few of them, since a large
+    picture takes half a gigabyte."""
 
     def decode(row):
         try:
@@ -1310,7 +1386,7 @@ def decode_rows(rows, size, skipped):
             return f"{row.name}: {str(problem)[:100]}"
 
     rows = iter(rows)
-    with concurrent.futures.ThreadPoolExecutor() as pool:
+    with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         while chunk := list(itertools.islice(rows, 64)):
             for result in pool.map(decode, chunk):
                 if isinstance(result, str):
@@ -1329,14 +1405,22 @@ def load_pictures(data, size, paint=None, count=10_000):
     Raises UserError if no picture can be read."""
     if tuple(data) == ("drawn",):
         return paint_set(paint or paint_face, count, size)
-    pictures, words, skipped = [], [], []
+    pictures, words, skipped, fields = [], [], [], set()
     for row, picture in tqdm(decode_rows(find_rows(data), size, skipped), "reading", unit=" pictures", leave=False):
         pictures.append(picture)
         words.append((row.name, row.caption, row.tags))
+        fields.update(row.fields)
     if not pictures:
         what = f"{len(skipped)} files could not be read, such as {skipped[0]}" if skipped else "it holds no pictures"
         raise UserError(f"--data {' '.join(data)}: {what}")
-    return Pictures(picture_tensor(pictures), *map(list, zip(*words)), skipped)
+    return Pictures(picture_tensor(pictures), *map(list, zip(*words)), skipped, sorted(fields))
+
+
+def end_with_parent():
+    """In a process that paints: leave Ctrl-C to the parent process and, on Linux, end when that is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def paint_set(paint, count, size):
@@ -1348,8 +1432,7 @@ def paint_set(paint, count, size):
         if not cache.exists():
             # Pillow's drawing holds Python's lock, so this takes processes; forked ones need not import torch again.
             context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-            ignore_ctrl_c = signal.signal, (signal.SIGINT, signal.SIG_IGN)
-            with concurrent.futures.ProcessPoolExecutor(None, context, *ignore_ctrl_c) as pool:
+            with concurrent.futures.ProcessPoolExecutor(None, context, end_with_parent) as pool:
                 painted = pool.map(paint, range(count), itertools.repeat(size), chunksize=100)
                 bar = tqdm(painted, "painting", count, unit=" pictures", leave=False)
                 pictures, captions, tags = zip(*((np.asarray(picture), *words) for picture, *words in bar))
@@ -1362,9 +1445,10 @@ def paint_set(paint, count, size):
 def tell_skipped(skipped, path=None):
     """Print how many pictures were skipped and the first three; write all to `path` if it is given."""
     if skipped:
-        print(f"skipped {len(skipped)} pictures: {'; '.join(skipped[:3])}" + (f"; all in {path}" if path else ""))
+        lines = list(map(printable, skipped))
+        print(f"skipped {len(lines)} pictures: {'; '.join(lines[:3])}" + (f"; all in {path}" if path else ""))
         if path:
-            save_text(path, "\n".join(skipped) + "\n")
+            save_text(path, "\n".join(lines) + "\n")
 
 
 def random_flip(x, probability, rng):
@@ -1399,6 +1483,13 @@ class EncodeConfig:
     precision: str = option("auto", "of matrix products", choices=("auto", "fp32", "bf16", "fp16"))
 
 
+def version(picture):
+    """What changes when the file of a picture does: its size and its time of modification."""
+    if isinstance(picture, bytes):
+        return len(picture), 0
+    return picture.stat().st_size, picture.stat().st_mtime_ns
+
+
 def write_shards(config, header, encode, extra=None):
     """Encode the pictures of config.data into config.out, config.shard_size in each file. Each file is written whole,
     so that after a kill the same call goes on with the first file that is missing.
@@ -1413,11 +1504,14 @@ def write_shards(config, header, encode, extra=None):
         if not part:
             return done, skipped
         path = Path(config.out) / f"shard_{number:05d}.safetensors"
-        about = header | {"source": [row.name for row in part]}
+        about = header | {"source": [[row.name, *version(row.picture)] for row in part]}
         if path.exists():
             _, found = load_tensors(path, header_only=True)
             if not found or any(found.get(key) != value for key, value in about.items()):
-                raise UserError(f"{path} was made from other pictures or settings; delete it or name another --out")
+                old = (found or {}).get("source", [])
+                stale = next((f" ({new[0]} differs)" for new, was in zip(about["source"], old) if new != was), "")
+                what = f"was made from other pictures or settings; delete it or name another --out{stale}"
+                raise UserError(f"{path} {what}")
         else:
             unread, batches = [], []
             good = list(decode_rows(part, config.image_size, unread))
@@ -1474,9 +1568,13 @@ class Shards:
         return zlib.crc32(json.dumps([self.names, self.captions, self.tags, self.header]).encode())
 
     def read(self, index):
-        """Rows `index` of each of the tensors, float32."""
+        """Rows `index` of each of the tensors, float32. Raises UserError for numbers that are not finite."""
         places = [self.places[i] for i in index]
-        return tuple(torch.cat([f.get_slice(n)[row : row + 1] for f, row in places]).float() for n in self.tensors)
+        parts = [torch.cat([f.get_slice(n)[row : row + 1] for f, row in places]).float() for n in self.tensors]
+        for part in parts:
+            for i in (~part.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist():
+                raise UserError(f"the latent of {self.names[index[i]]} is not finite; delete its shard, encode again")
+        return tuple(parts)
 
     def extra(self, name):
         """A tensor that every file holds."""
@@ -1529,7 +1627,10 @@ def record_frames(to_picture, wanted=True):
 
 def write_samples(rgb, names, config, frames=(), columns=None):
     """Write the samples (B, 3, H, W) in [0, 1]: a grid to config.out, single pictures to config.each under their names,
-    and the frames to config.gif, an animation that rests on the last one."""
+    and the frames to config.gif, an animation that rests on the last one. Raises UserError for numbers that are not
+    finite, which would be black."""
+    if not rgb.isfinite().all():
+        raise UserError("the samples are not finite numbers; try --precision fp32, or an earlier checkpoint")
     save_picture(make_grid(rgb, columns), config.out)
     print(f"{len(rgb)} pictures in {config.out}")
     if config.each:
@@ -1618,6 +1719,15 @@ MAY_CHANGE = {"data", "out", "minutes", "steps", "epochs", "grad_accum", "device
 MAY_CHANGE |= {"checkpoint_every", "fsdp", "resume"}
 
 
+def read_log(folder):
+    """The lines of a run's log.csv as dictionaries of text. Damaged lines, such as one that was cut short, are left
+    out."""
+    log = folder / "log.csv"
+    lines = log.read_text("utf-8", "replace").splitlines() if log.exists() else []
+    pattern = rf"\d+(,[-+.e\d]*){{{len(LOG_COLUMNS) - 1}}}"
+    return list(csv.DictReader((line for line in lines if re.fullmatch(pattern, line)), LOG_COLUMNS))
+
+
 class Run:
     """A run folder and its clock. A training loop calls start(), for each of steps() add() in each pass,
     log(), save() if checkpoint_due and save_pictures() if pictures_due; and finish().
@@ -1649,14 +1759,18 @@ class Run:
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another run is writing to {self.folder}; name another --out") from None
+            self.lock.seek(0)
+            what = f"another run is writing to {self.folder}; name another --out"
+            raise UserError(f"{what} (process {self.lock.read().strip()})") from None
+        self.lock.truncate(0)
+        print(os.getpid(), file=self.lock, flush=True)
+        for path in [*self.folder.glob(".*.part"), *self.folder.glob(".tmp*")]:  # a run killed while it wrote
+            path.unlink()
         return has_state
 
     def start(self, model, ema, optimizer, scaler, about, num_samples=None, skipped=()):
         """Load the state if the run goes on, and print what starts. about: data, precision and device in a few words;
         num_samples: of one epoch. Returns the state's header, {} for a fresh run. Raises UserError."""
-        if self.config.epochs and not num_samples:
-            raise UserError("a stream has no epochs; give --steps or --minutes")
         epoch_steps = self.config.epochs and self.config.epochs * math.ceil(num_samples / self.config.batch_size)
         self.total_steps = min(filter(None, (self.config.steps, epoch_steps)), default=None)
         self.fp16 = scaler.is_enabled()
@@ -1665,7 +1779,7 @@ class Run:
             for path in self.folder.glob("samples/step_*.png"):
                 if int(path.stem[5:]) > self.step:
                     path.unlink()
-            rows = [",".join(LOG_COLUMNS), *(",".join(row.values()) for row in self.read_log())]
+            rows = [",".join(LOG_COLUMNS), *(",".join(row.values()) for row in self.log_rows())]
             save_text(self.folder / "log.csv", "\n".join(rows) + "\n")
         tell_skipped(skipped, self.folder / "skipped.txt")
         size = sum(p.numel() for p in model.parameters()) / 1e6
@@ -1781,38 +1895,40 @@ class Run:
         tensors, header = load_tensors(self.state_path)
         if not header or header.get("system") != self.system:
             raise UserError(f"{self.state_path} is not a run of {self.system}.py; name another --out")
-        ours = json.loads(json.dumps(self.settings()))
-        for name, value in header["config"].items():
-            own = ours["config"].get(name, value)
-            if name not in self.may_change and own != value:
-                flag = "--" + name.replace("_", "-")
-                raise UserError(f"{self.folder} was made with {flag} {value}, not {own}; leave {flag} out")
-        for name in self.header:
-            if header.get(name) != ours[name] and not isinstance(ours[name], float):
-                raise UserError(f"{self.folder} began with another {name}; resume with the same, or name another --out")
-        self.header = {name: header[name] for name in self.header}
-        parts = {part: {} for part in ("model", "ema", "optimizer")}
-        for name, tensor in tensors.items():
-            part, _, key = name.partition(".")
-            parts[part][key] = tensor
-        load_into(model, parts["model"], self.state_path)
-        load_into(ema, parts["ema"], self.state_path)
-        load_optimizer(model, optimizer, parts["optimizer"], self.state_path)
-        scaler.load_state_dict(header["scaler"])
-        self.step, self.images, self.best = header["step"], header["images"], header["best"]
-        self.seconds_before, self.first_seconds = header["seconds"], header["first_seconds"]
+        with reading(self.state_path, "checkpoint"):
+            ours, config = json.loads(json.dumps(self.settings())), dict(header["config"])
+            for name, value in config.items():
+                own = ours["config"].get(name, value)
+                if name not in self.may_change and own != value:
+                    flag = "--" + name.replace("_", "-")
+                    raise UserError(f"{self.folder} was made with {flag} {value}, not {own}; leave {flag} out")
+            for name in self.header:
+                if header.get(name) != ours[name] and not isinstance(ours[name], float):
+                    what = f"began with another {name}; resume with the same, or name another --out"
+                    raise UserError(f"{self.folder} {what}")
+            self.header = {name: header[name] for name in self.header}
+            parts = {part: {} for part in ("model", "ema", "optimizer")}
+            for name, tensor in tensors.items():
+                part, _, key = name.partition(".")
+                parts[part][key] = tensor
+            load_into(model, parts["model"], self.state_path)
+            load_into(ema, parts["ema"], self.state_path)
+            load_optimizer(model, optimizer, parts["optimizer"], self.state_path)
+            scaler.load_state_dict(header["scaler"])
+            self.step, self.images, self.best = int(header["step"]), int(header["images"]), float(header["best"])
+            self.seconds_before, self.first_seconds = float(header["seconds"]), float(header["first_seconds"])
+            if self.step < 0:
+                raise ValueError(f"step {self.step}")
         return header
-
-    def read_log(self):
-        """The lines of log.csv up to the current step, as dictionaries. A line that was cut short is left out."""
-        log = self.folder / "log.csv"
-        rows = csv.DictReader(log.read_text().splitlines()) if log.exists() else []
-        return [row for row in rows if None not in row.values() and int(row["step"]) <= self.step]
 
     def save_pictures(self, rgb):
         """(B, 3, H, W) in [0, 1] -> samples/step_000500.png, and into the page."""
         save_picture(make_grid(rgb), self.folder / "samples" / f"step_{self.step:06d}.png")
         self.write_page()
+
+    def log_rows(self):
+        """The lines of log.csv up to the current step."""
+        return [row for row in read_log(self.folder) if int(row["step"]) <= self.step]
 
     def write_page(self):
         """index.html: samples, loss curves and configuration in one file without scripts."""
@@ -1822,7 +1938,7 @@ class Run:
         for path in sorted((self.folder / "samples").glob("step_*.png")):
             with Image.open(path) as picture:
                 body += html_picture(picture, f"step {int(path.stem[5:]):,}")
-        curves, rows = {}, self.read_log()
+        curves, rows = {}, self.log_rows()
         for k, column in enumerate(["loss", *(f"loss_bin_{k}" for k in range(NOISE_BINS))]):
             name = f"t {(k - 1) / NOISE_BINS:g} to {k / NOISE_BINS:g}" if k else "all times t"
             curves[name] = [(int(row["images"]), float(row[column])) for row in rows if row[column]]

@@ -41,7 +41,6 @@ tokens = (H / patch_size) (W / patch_size), h heads of width d = head_dim, D = h
 
 import collections
 import concurrent.futures
-import contextlib
 import copy
 import dataclasses
 import difflib
@@ -100,7 +99,7 @@ class Config(common.TrainConfig):
     # Model
     arch: str = option("dual", "dual: Diffusion From Scratch; joint: re-diffusion", choices=("dual", "joint"))
     patch_size: int = option(8, "side of a token's patch, in pixels or latent positions", low=1)
-    depth: int = option(6, "number of dual-stream layers", low=1)
+    depth: int = option(6, "number of dual-stream layers", low=1, high=1000)
     num_heads: int = option(4, "attention heads", low=1)
     head_dim: int = option(64, "width of a head, a multiple of 4", low=4)
     text_dim: int = option(256, "width of a text token as the text encoder gives it; CLIP's is 768", low=1)
@@ -108,6 +107,8 @@ class Config(common.TrainConfig):
     predict: str = option(
         "data", "what the last layer predicts; data is the better choice for pixels", choices=("data", "velocity")
     )
+    # At first t is mostly near 1, where colour and shape are learned from the words; later nearer to 1/2, where details
+    # are.
     time_mean: tuple[float, ...] = option(
         (2.5, 0.5), "mean of logit(t) at the start and the end of the run; 0 is t = 1/2"
     )
@@ -120,15 +121,13 @@ class Config(common.TrainConfig):
     cfg: float = option(3.0, "guidance of the samples while training; the default of `sample`", low=0.0)
 
 
-PRESETS = {
-    # Early in the run t is mostly near 1, where colour and shape are learned from the words; later near 1/2, where
-    # details are.
-    "demo": dict(minutes=10.0, batch_size=64, lr=2e-3, optimizer="auto", decay="linear", ema=0.995),
-    # The post's: batch 128, 200 epochs, AdamW at 1e-4 after 2,000 steps of warm-up, EMA 0.9995, t = sigmoid(randn()).
-    "paper": dict(epochs=200, image_size=256, batch_size=128, lr=1e-4, warmup=2000.0, decay="none", beta2=0.999)
-    | dict(ema=0.9995, flip=0.5, patch_size=2, depth=12, num_heads=12, text_dim=768, predict="velocity")
-    | dict(time_mean=(0.0,), time_std=1.0, checkpoint_every=1000, cfg=4.0),
-}
+DEMO = dict(minutes=10.0, batch_size=64, lr=2e-3, optimizer="auto", decay="linear", ema=0.995)
+# The post's: batch 128, 200 epochs, AdamW at 1e-4 after 2,000 steps of warm-up, EMA 0.9995, t = sigmoid(randn()).
+PAPER = dict(epochs=200, image_size=256, batch_size=128, lr=1e-4, warmup=2000.0, decay="none", beta2=0.999, ema=0.9995)
+PAPER |= dict(patch_size=2, depth=12, num_heads=12, text_dim=768, predict="velocity", time_mean=(0.0,), time_std=1.0)
+PAPER |= dict(flip=0.5, cfg=4.0, checkpoint_every=1000)
+
+PRESETS = {"demo": DEMO, "paper": PAPER}
 
 # ----------------------------------------------------------------------------------------------------------------
 # Model
@@ -145,8 +144,8 @@ def msrope(height, width, text_len, head_dim, device):
     """Rotary tables of all tokens, text first: cosines and sines, each (T + N, head_dim/2).
 
     Image tokens have the positions of a centred grid, (-8, -8) to (7, 7) for 16 x 16. Text tokens continue on its
-    diagonal: (8, 8), (9, 9), ... The first half of the angles follows the row, the second half the column ("MSRoPE" in
-    the post; Wu et al. 2025, section 2.4).
+    diagonal: (8, 8), (9, 9), ... (With an odd side the first one shares a position, as in the post's code.) The first
+    half of the angles follows the row, the second half the column ("MSRoPE" in the post; Wu et al. 2025, section 2.4).
     """
     diagonal = torch.arange(text_len, device=device) + max(height // 2, width // 2)
     grid = torch.cartesian_prod(centred(height, device), centred(width, device))
@@ -162,7 +161,7 @@ def grid_embedding(height, width, dim, device):
 
 def ada_norm(x, shift, scale):
     """LN(x) (1 + scale) + shift for x (B, N, D), shift and scale (B, D) (re-diffusion 4.3: beta and gamma)."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    return common.modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift, scale)
 
 
 class FeedForward(nn.Module):
@@ -198,18 +197,19 @@ class JointAttention(nn.Module):
         for stream in ("vis", "txt"):
             for name in "qkvo":
                 self.add_module(f"{stream}_{name}_proj", nn.Linear(width, width))
-        for stream in ("vis", "txt"):
             for name in "qk":
                 self.add_module(f"{stream}_{name}_norm", nn.RMSNorm(head_dim, eps=1e-6))
 
     def project(self, name, txt, vis, rope):
         """q, k or v of all tokens: (B, h, T + N, head_dim); q and k are normalised and rotated, in float32."""
-        heads = []
-        for stream, x in (("txt", txt), ("vis", vis)):
-            x = getattr(self, f"{stream}_{name}_proj")(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            heads.append(x if name == "v" else getattr(self, f"{stream}_{name}_norm")(x.float()))
-        heads = torch.cat(heads, dim=2)
-        return heads if name == "v" or rope is None else apply_rope(heads, rope)
+        streams = []
+        for stream, tokens in (("txt", txt), ("vis", vis)):
+            heads = getattr(self, f"{stream}_{name}_proj")(tokens).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            if name in "qk":
+                heads = getattr(self, f"{stream}_{name}_norm")(heads.float())
+            streams.append(heads)  # (B, h, T or N, head_dim)
+        heads = torch.cat(streams, dim=2)
+        return apply_rope(heads, rope) if name in "qk" and rope is not None else heads
 
     def forward(self, txt, vis, rope):
         """txt (B, T, D), vis (B, N, D) -> what each stream takes from all tokens, of the same shapes."""
@@ -220,8 +220,9 @@ class JointAttention(nn.Module):
 
 
 class DualStreamLayer(nn.Module):
-    """Joint attention, then a feed-forward network for each stream. The timestep gives shift, scale and gate of both
-    (adaLN-Zero); the gates start at zero, so that a fresh layer is the identity.
+    """Joint attention, then a feed-forward network for each stream. The condition, the time and in some models the
+    caption, gives each stream a shift, scale and gate for both (adaLN-Zero); the gates start at zero, so that a fresh
+    layer is the identity.
 
     Nothing reads the text of the last layer, so its text queries, output and feed-forward network are never trained
     (5.9M of the post's 258M parameters). They exist because the published checkpoints hold them.
@@ -254,7 +255,7 @@ class DualStreamLayer(nn.Module):
 
 
 class OutputNorm(nn.Module):
-    """The last LayerNorm, with shift and scale from the timestep."""
+    """The last LayerNorm, with shift and scale from the condition."""
 
     def __init__(self, width):
         super().__init__()
@@ -269,9 +270,9 @@ class DiT(nn.Module):
     (B, T, text_dim), or (B, T) word numbers if the model has a word table. Raises ValueError if patch_size does not
     divide H and W.
 
-    arch="dual" is "Diffusion From Scratch". "joint" is the architecture of re-diffusion's text, whose code does not
-    run: learned positions (4.1), the captions' mean added to the time (4.2), SwiGLU. Where the text is incomplete, the
-    layers of "dual" are used: gates, residuals around attention and MLP, norms per head, t times 1000.
+    arch="dual" is "Diffusion From Scratch". "joint" is what re-diffusion describes: learned positions (4.1) and the
+    captions' mean added to the time (4.2), with the SwiGLU of its code. That code does not run. What the description
+    leaves open is as in "dual": gates, a norm of q and k in each head, t times 1000.
 
     latent_size: side of the training latents; only the learned positions of "joint" depend on it.
     vocabulary: number of words in the model's own table; 0: text comes encoded.
@@ -285,7 +286,8 @@ class DiT(nn.Module):
         super().__init__()
         width, grid = num_heads * head_dim, latent_size // patch_size
         self.patch_size, self.head_dim, self.predict, self.joint = patch_size, head_dim, predict, arch == "joint"
-        self.time_min = 0.05 if predict == "data" else 0.0  # smallest t in training, because the data is divided by t
+        # Smallest t in training: the velocity is (z_t - data) / t, so that an error of the data is divided by t.
+        self.time_min = 0.05 if predict == "data" else 0.0
         self.checkpointing = False
         self.words = nn.Embedding(vocabulary + 1, text_dim) if vocabulary else None
         self.patch_embed = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
@@ -304,7 +306,7 @@ class DiT(nn.Module):
 
     def initialize_weights(self):
         """Xavier for linear layers; N(0, 0.02) for those that embed time and text; zero for modulation and output, so
-        that a fresh model returns 0."""
+        that a fresh model predicts 0 (velocity or data)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -336,8 +338,9 @@ class DiT(nn.Module):
                 order = torch.arange(text.shape[1], device=text.device)
                 txt = txt + torch.cat(common.sincos_table(order, txt.shape[-1]), dim=-1)
         elif self.words is not None:
-            # To condition through attention alone is too slow for ten minutes. The sum of the words is added to the
-            # time, as pooled text is in Stable Diffusion 3 (Esser et al. 2024, section 4), positions to the patches.
+            # Not in the post: a table of words starts untrained, and through attention alone its words are learned too
+            # slowly for ten minutes. So the sum of the words is added to the time, as pooled text is in Stable
+            # Diffusion 3 (Esser et al. 2024, section 4), and a fixed position embedding to the image tokens.
             condition = condition + (txt * (text > 0).unsqueeze(-1)).sum(dim=1)
             vis = vis + grid_embedding(*grid, vis.shape[-1], z_t.device)
         return condition, txt, vis
@@ -424,9 +427,9 @@ def sample_latents(
     i of row r starts from the noise of seed + seed_stride r + i. callback(z, t) is given the states of the first batch.
     """
     device, least = next(model.parameters()).device, model.time_min
-    # A model that predicts data is trained with t >= time_min; its last step goes from there to the predicted data.
-    inner = steps - 1 if least and steps > 1 else steps
-    times = [1 - (1 - least) * i / inner for i in range(steps)] + [0.0]
+    times = [1 - i / steps for i in range(steps)] + [0.0]
+    if least and steps > 1:  # predicts data, trained with t >= time_min: the last step is from there to those data
+        times = [1 - (1 - least) * i / (steps - 1) for i in range(steps)] + [0.0]
     jobs = [(row, seed + seed_stride * row + i) for row in range(len(text)) for i in range(num)]
     text, null, samples = text.to(device), null.to(device), []
     for first in range(0, len(jobs), batch_size):
@@ -504,7 +507,7 @@ class Words:
         words, lines = self.split(caption), []
         for word in words:
             if word not in self.number:
-                near = difflib.get_close_matches(word, self.vocabulary, 3, 0.6)
+                near = difflib.get_close_matches(word, self.vocabulary)
                 lines.append(f"unknown word {word!r}" + (f"; similar: {', '.join(near)}" if near else ""))
         known = sum(word in self.number for word in words)
         if caption.strip() and not known:
@@ -515,14 +518,16 @@ class Words:
 
 
 # CLIP: the text half of ViT-L/14 (Radford et al. 2021, section 2.4) turns a caption into 77 vectors of width 768; it is
-# not trained. ClipTokenizer cuts the caption into ids, ClipTextEncoder makes vectors of them; both read the files of
+# not trained. ClipTokenizer cuts the caption into ids, ClipTextEncoder makes vectors of them; both read the files that
+# CLIP_SOURCE, on Hugging Face, holds.
 
 CLIP_SOURCE = "openai/clip-vit-large-patch14"
 CLIP_LENGTH = 77  # tokens of a caption, start and end included
 CLIP_MERGES = 48_894
 CLIP_SPECIAL = ["<|startoftext|>", "<|endoftext|>"]
-# A word is an English contraction, a run of letters, one digit, or a run of other characters that are not spaces. CLIP
-# uses Unicode's classes, which `re` lacks, so this pattern is matched on a text of one ASCII character per class.
+# A word is a contraction such as 's, a run of letters, one digit, or a run of other characters that are not spaces.
+# CLIP's own pattern has Unicode's classes \p{L} and \p{N}, which `re` lacks. So split() replaces each non-ASCII
+# character by one ASCII character of its class, matches this pattern, and cuts the original text at the same places.
 CLIP_WORD = re.compile(r"'(?:s|t|re|ve|m|ll|d)|[a-z]+|[0-9]|[^\sa-z0-9]+", re.ASCII)
 
 
@@ -551,7 +556,12 @@ class ClipTokenizer:
     def __init__(self, path):
         names, path = ("merges.txt", "merges.txt.gz", "tokenizer.json"), Path(path)
         folder = path if path.is_dir() else path.parent
-        places = [path] if path.name in names else [folder / name for name in names]
+        folders = folder, folder / "tokenizer", folder.parent / "tokenizer"  # the last two: of a whole pipeline
+        places = (
+            [path]
+            if path.name in names or path.suffix in (".txt", ".gz")
+            else [f / name for f in folders for name in names]
+        )
         file = next((place for place in places if place.is_file()), None)
         if file is None:
             raise UserError(f"no tokenizer in {path}: put merges.txt or tokenizer.json of {CLIP_SOURCE} there")
@@ -702,6 +712,12 @@ class Clip:
             raise UserError(f"these weights read captions through CLIP; name the folder of {CLIP_SOURCE} with --clip")
         self.tokenizer, self.model = ClipTokenizer(path), ClipTextEncoder.load(path).to(device)
         self.device, self.hash = device, self.model.hash
+        tables = self.model.embeddings
+        if (
+            len(tables["token_embedding"].weight) <= self.tokenizer.end
+            or len(tables["position_embedding"].weight) < CLIP_LENGTH
+        ):
+            raise UserError(f"{path} is a CLIP of other tokens or fewer positions; name {CLIP_SOURCE}")
 
     @torch.no_grad()
     def __call__(self, captions):
@@ -709,7 +725,9 @@ class Clip:
 
     def warnings(self, caption):
         cut = len(self.tokenizer.encode(caption)) + 2 - CLIP_LENGTH
-        return [f"CLIP reads {CLIP_LENGTH} tokens; the last {cut} of {caption[:40]!r}... are left out"] * (cut > 0)
+        return (
+            [f"CLIP reads {CLIP_LENGTH} tokens; the last {cut} of {caption[:40]!r}... are left out"] if cut > 0 else []
+        )
 
 
 def load_text_encoder(model, clip, device="cpu"):
@@ -723,20 +741,18 @@ def load_text_encoder(model, clip, device="cpu"):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Data: captioned pictures in memory (PictureSource), shards that `prepare` wrote (common.Shards), or a Stream. All have
-# read(index) -> x (B, C, H, W) and its captions; of shards, x is encoded and the captions are, too.
+# Data. A source is captioned pictures in memory (PictureSource), shards that `prepare` wrote (common.Shards) or a
+# Stream. read(index) returns pictures (B, 3, S, S) in [-1, 1] and their captions; from shards latents and CLIP states.
 
 
-class PictureSource:
+class PictureSource(common.Pictures):
     """The pictures of --data in memory."""
 
     def __init__(self, config):
-        self.data = common.load_pictures(config.data, config.image_size, common.paint_scene, 20_000)
-        self.names, self.captions, self.skipped = self.data.names, self.data.captions, self.data.skipped
-        self.checksum = self.data.checksum
+        super().__init__(**vars(common.load_pictures(config.data, config.image_size, common.paint_scene, 20_000)))
 
     def read(self, index):
-        return self.data.pictures[index] / 127.5 - 1, [self.captions[i] for i in index]
+        return self.pictures[index] / 127.5 - 1, [self.captions[i] for i in index]
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -829,7 +845,7 @@ def request(url, deadline, max_bytes, private):
             return None, urllib.parse.urljoin(url, location)
         if response.status != 200:
             raise Refused(f"http {response.status}")
-        if "noai" in str(response.headers.get_all("X-Robots-Tag")).lower():
+        if re.search("no(image)?ai", str(response.headers.get_all("X-Robots-Tag")).lower()):
             raise Refused("declined by its owner")  # the header asks not to train on the picture
         content = response.read(max_bytes + 1)
         if len(content) > max_bytes:
@@ -840,8 +856,9 @@ def request(url, deadline, max_bytes, private):
 
 
 def fetch(url, private=False, timeout=None, max_bytes=MAX_BYTES):
-    """The bytes behind an http(s) URL, within `timeout` seconds [TIMEOUT]. private: whether addresses in private
-    networks and on this machine are allowed. Whatever goes wrong raises Refused; the next pass tries again."""
+    """The bytes behind an http(s) URL, within `timeout` seconds [TIMEOUT], if the look-up of the host's name takes no
+    longer. private: whether addresses in private networks and on this machine are allowed. Whatever goes wrong raises
+    Refused; the next pass tries again."""
     deadline = time.monotonic() + (timeout or TIMEOUT)
     try:
         for _ in range(1 + MAX_REDIRECTS):
@@ -886,7 +903,7 @@ def read_metadata(path):
                 yield from batch.to_pylist()
         elif path.endswith(".tar"):  # webdataset: the pictures are inside
             for row in common.tar_rows(Path(path)):
-                yield {"caption": row.caption, "picture": row.picture}
+                yield dict.fromkeys(row.fields) | {"caption": row.caption, "picture": {"bytes": row.picture}}
         else:
             with open(path, encoding="utf-8-sig", errors="replace") as file:
                 yield from file
@@ -898,21 +915,26 @@ def read_metadata(path):
 
 def parse_row(row, min_score=0.0, min_side=0):
     """A row of read_metadata -> (URL, caption, the picture file's bytes or None), by our names or LAION's (URL, TEXT,
-    AESTHETIC_SCORE, ...). Raises Refused if it is broken, or filtered out by its own numbers."""
+    AESTHETIC_SCORE, ...). A picture within the row is {"bytes": ...}, as Hugging Face stores it. Raises Refused if the
+    row is broken, or filtered out by its own numbers."""
     if row is None:
         raise Refused("broken shard")
     try:
         row = json.loads(row) if isinstance(row, str) else row
-        row = {key.lower(): value for key, value in row.items() if value is not None}
-        url, content = row.get("url", "").strip(), row.get("picture")
-        caption = next(row[key] for key in ("caption", "text", "prompt") if key in row).strip()
+        row = {key.lower(): value for key, value in row.items()}
+        url = (row.get("url") or "").strip()
+        content = next((v["bytes"] for v in row.values() if isinstance(v, dict) and "bytes" in v), None)
+        caption = next((row[key] for key in common.CAPTION_FIELDS if row.get(key)), "").strip()
         caption.encode()  # fails on half a surrogate pair, which no text encoder can read
-        score = float(row.get("aesthetic_score", row.get("aesthetic", 0)))
-        side = min(float(row.get(key, math.inf)) for key in ("width", "height"))
-        if not caption or not (url or content):
-            raise ValueError
+        score = float(row.get("aesthetic_score") or row.get("aesthetic") or 0)
+        side = min(float(row.get(key) or math.inf) for key in ("width", "height"))
     except Exception:  # a row can be anything
         raise Refused("broken row") from None
+    if not caption and row.keys() & set(common.CAPTION_FIELDS):
+        raise Refused("empty caption")
+    if not caption or not (url or content):
+        what = "url or picture" if caption else "text, caption or prompt"
+        raise Refused(f"no {what} among {', '.join(row)}"[:200])
     if min_score and not score >= min_score:  # also refuses NaN
         raise Refused("low score")
     if side < min_side:
@@ -920,15 +942,18 @@ def parse_row(row, min_score=0.0, min_side=0):
     return url, caption, content
 
 
-def shard_captions(names):
-    """The captions in metadata shards, in their order."""
+def shard_captions(names, refused):
+    """The captions in metadata shards, in their order. refused: a Counter of the reasons why rows have none."""
     for row in itertools.chain.from_iterable(map(read_metadata, names)):
-        with contextlib.suppress(Refused):
+        try:
             yield parse_row(row)[1]
+        except Refused as problem:
+            refused[str(problem)] += 1
 
 
 class Stream:
-    """Captioned pictures from metadata shards, without end: pass after pass over all shards, in a new order each time.
+    """Captioned pictures from metadata shards, without end: pass after pass, with the shards in a new order each time.
+    The rows within a shard keep their order: shuffle them when you write it.
 
     Row i of file f belongs to the process with (f + i) % world == rank in every pass, so that its picture is in that
     process's cache. Threads load a window of rows at once, but samples are given out in the order of the rows, so that
@@ -953,27 +978,30 @@ class Stream:
         # Rows under way: enough that the threads have work during a step, few enough to fit into memory.
         self.window = 4 * config.threads + 2 * config.batch_size // (config.grad_accum * self.world)
         count = SHOWN if config.clip else VOCABULARY_CAPTIONS
-        self.captions, self.skipped = list(itertools.islice(shard_captions(self.names), count)), []
+        refused = collections.Counter()
+        self.captions, self.skipped = list(itertools.islice(shard_captions(self.names, refused), count)), []
+        if not self.captions:
+            raise UserError(f"no row of {config.stream} can be used: {', '.join(refused) or 'there is none'}"[:300])
         self.start((0, 0, 0), {})
 
     def start(self, place, counts):
-        """Go on from a place."""
+        """Begin at `place` (pass, shard in the pass's order, row); what was fetched ahead is dropped."""
         self.place, self.counts, self.good_pass = place, collections.Counter(counts), place[0]
         self.rows, self.ahead, self.ready = self.walk(*place), collections.deque(), []
 
     def walk(self, first_pass, shard, first_row):
-        """(the place behind it, row) of each of this process's rows from a place on, without end."""
-        for number in itertools.count(first_pass):
+        """Without end, (place after the row, row) for each row of this process, beginning at the given place."""
+        for pass_number in itertools.count(first_pass):
             order, found = list(range(len(self.names))), False
-            random.Random(f"{self.config.seed} {number}").shuffle(order)
+            random.Random(f"{self.config.seed} {pass_number}").shuffle(order)
             while shard < len(order):
                 file = order[shard]
                 for i, row in enumerate(read_metadata(self.names[file])):
                     if i >= first_row and (file + i) % self.world == self.rank:
                         found = True
-                        yield (number, shard, i + 1), row
+                        yield (pass_number, shard, i + 1), row
                 shard, first_row = shard + 1, 0
-            if not found and number > first_pass:
+            if not found and pass_number > first_pass:
                 raise UserError(f"{self.config.stream} has no rows for process {self.rank + 1} of {self.world}")
             shard = 0
 
@@ -993,7 +1021,7 @@ class Stream:
         except Refused as problem:
             return str(problem), None, None, None
 
-    def fetch(self, count, stopped=lambda: False):
+    def prefetch(self, count, stopped=lambda: False):
         """Have the next `count` samples ready for read(); False if stopped() became true before. Raises UserError if
         two passes gave no picture."""
         self.before = self.state()
@@ -1033,8 +1061,8 @@ class Stream:
         return self.before if self.ready else {"place": self.place, "counts": dict(self.counts)}
 
     def resume(self, states):
-        """Go on from a checkpoint's list of states. As many processes as then go on where each was; another number of
-        them from the least place, so that some rows come again and none is lost."""
+        """Go on from the states in a checkpoint, one per process. With the same number of processes each goes on from
+        its own place. With another number all go on from the earliest place: some rows come twice, none is left out."""
         places = [tuple(state["place"]) for state in states]
         place = places[self.rank] if len(places) == self.world else min(places)
         totals = sum((collections.Counter(state["counts"]) for state in states), collections.Counter())
@@ -1060,8 +1088,9 @@ class TrainingData:
     """The batches of any source, encoded: batch(step, rows) -> x (B, C, H, W) and text, both on the device.
 
     known: the header of the weights that a run starts or resumes from, whose words keep their numbers. header: what a
-    checkpoint must hold to sample from it; null: the encoding of ""; shown: the encodings of 16 captions, to sample
-    during training; rows_at_once: rows of a pass. One sample in fifty is held out. Raises UserError.
+    checkpoint must hold to sample from it; null: the encoding of ""; shown: the encodings of up to 16 captions, to
+    sample during training; rows_at_once: rows of a pass. One sample in fifty is held out, at least one and at most
+    1,000; of a stream none. Raises UserError.
     """
 
     def __init__(self, config, device, precision, known=None):
@@ -1077,8 +1106,10 @@ class TrainingData:
         count = 0 if self.stream else max(1, min(1000, len(order) // 50))
         self.train, self.held_out = order[count:], order[:count]
         if not self.train:
+            fields = ", ".join(getattr(source, "fields", [])) or "no metadata"
             what = f"{len(good)} captions in {' '.join(config.data)}, and two are needed, one to hold out"
-            raise UserError(f"{what}; write them into metadata.jsonl, or beside each picture as .txt")
+            where = f"under {', '.join(common.CAPTION_FIELDS)} (found: {fields}), or beside each picture as .txt"
+            raise UserError(f"{what}; write them into metadata.jsonl {where}")
         missing = [name for name, caption in zip(source.names, source.captions) if not caption]
         self.skipped = source.skipped + [f"{name}: no caption" for name in missing]
         self.header = {"data": [len(order), source.checksum()], "vae": None, "latent": [3, config.image_size]}
@@ -1120,8 +1151,8 @@ class TrainingData:
         if self.config.flip:
             x = common.random_flip(x, self.config.flip, rng)
         text = self.encoder(text) if self.encoder else text
-        no_caption = rng.rand(*[1] * (text.dim() - 1)) < NULL_PROB
-        x, text = x.to(self.device), torch.where(no_caption, self.null, text).to(self.device)
+        text[rng.rand() < NULL_PROB] = self.null[0]
+        x, text = x.to(self.device), text.to(self.device)
         if self.vae and not self.prepared:
             with torch.no_grad(), autocast(self.device, self.precision):
                 x = self.vae.encode(x)
@@ -1134,11 +1165,11 @@ class TrainingData:
         rng = BatchRng(config.batch_size, config.seed, step, 2, rows=rows)
         return self.load([self.train[i] for i in index], rng)
 
-    def fetch(self, run):
+    def wait_for_stream(self, run):
         """Wait until a stream has the pictures of the next step; False if the run was interrupted before."""
         if not self.stream:
             return True
-        there = self.stream.fetch(self.config.batch_size // common.world(), lambda: run.interrupted)
+        there = self.stream.prefetch(self.config.batch_size // common.world(), lambda: run.interrupted)
         return not common.all_max(not there)[0]
 
     def state(self):
@@ -1186,7 +1217,8 @@ def held_out_loss(config, data, model):
 
 
 def preview(config, data, model):
-    """RGB samples for the captions data.shown. (As many at a time as fit in memory in training: guidance doubles.)"""
+    """RGB samples for the captions data.shown, all from the same noise. At most half as many at a time as in a training
+    pass, because guidance doubles the batch."""
     channels, size = data.header["latent"]
     settings = dict(cfg=config.cfg, precision=data.precision, batch_size=max(1, min(SHOWN, data.rows_at_once // 2)))
     z = sample_latents(model, data.shown, data.null, (channels, size, size), **settings)
@@ -1219,7 +1251,7 @@ def train(config):
     common.compile_blocks(config, device, model.layers)
     passes = common.micro_batches(config)
     for step in run.steps():
-        if not data.fetch(run):  # a stream that was interrupted while it waited for pictures
+        if not data.wait_for_stream(run):  # a stream that was interrupted while it waited for pictures
             break
         lr = config.lr * common.lr_factor(run.progress, step, config.warmup, config.decay)
         common.set_lr(optimizer, lr)
@@ -1251,7 +1283,7 @@ def train(config):
         if not run.done:
             run.save(model, ema, optimizer, scaler, **data.state())
         counts = sum((collections.Counter(state["counts"]) for state in data.state()["stream"]), collections.Counter())
-        print("rows: " + ", ".join(f"{count:,} {kind}" for kind, count in counts.most_common()))
+        print(f"rows until step {run.step}: " + ", ".join(f"{count:,} {kind}" for kind, count in counts.most_common()))
     return run.finish()
 
 
@@ -1285,7 +1317,7 @@ def load_model(path, device):
 class SampleConfig(common.SampleConfig):
     """The options of `sample`."""
 
-    words: tuple[str, ...] = option((), 'prompts, e.g. "a red car"; each makes a row of pictures', positional=True)
+    texts: tuple[str, ...] = option((), 'prompts, e.g. "a red car"; each makes a row of pictures', positional=True)
     prompt: tuple[str, ...] = option((), "the same, as an option")
     prompts: str = option("", "file with a prompt in each line")
     negative: str = option("", "prompt that guidance leads away from (default: the empty caption)")
@@ -1301,7 +1333,7 @@ class SampleConfig(common.SampleConfig):
 
 def sample_command(options):
     """Write the samples of all prompts: a grid, with --each single pictures, with --gif their way from noise."""
-    prompts = [*options.words, *options.prompt]
+    prompts = [*options.texts, *options.prompt]
     if options.prompts:
         with common.reading(options.prompts, "list of prompts"):
             prompts += filter(str.strip, Path(options.prompts).read_text("utf-8-sig").splitlines())

@@ -8,11 +8,13 @@ the post, t = 0 is NOISE and t = 1 is DATA. The network predicts the clean pictu
     python jit_lab.py sample --num 16 --gif faces.gif        from the run in runs/, else from weights/
     python jit_lab.py novelty --data DIR                     how far is each sample from the nearest training picture?
 
-What you will see with the demo preset (10,000 drawings in colour, two cores of an AMD EPYC with AVX512-BF16): coloured
-patches with eyes at minute 1, faces at 2, hair that holds together at 5. The loss of the painted faces starts near 0.45
-(with --color-fraction 1 near 0.6): a new network outputs 0, so at first it is the weighted mean of (x / (1 - t))^2. It
-cannot reach 0, because noise hides the picture. The loss in eight bins of t (index.html) shows what is being learned:
-shapes where t is small, details where it is large.
+What you will see: with the demo preset on 10,000 drawings in colour (faces-80 in docs/results.md, --color-fraction 1,
+two cores of an AMD EPYC with AVX512-BF16) coloured patches with eyes after 1 minute, faces after 2, hair that holds
+together after 5. The first command paints its own faces and keeps the colour of one in ten.
+
+The loss of the painted faces starts near 0.45 (with --color-fraction 1 near 0.6): a new network outputs 0, so the first
+loss is the mean of (x / (1 - t))^2, weighted as in flow_loss(). It cannot reach 0, because noise hides part of the
+picture. index.html shows the loss in eight bins of t: small t is about shapes, large t about details.
 
     the post       here          shape           what it is
     x_1            x             (B, 3, H, W)    the picture, in L*a*b* scaled to about [-1, 1] (Part 2)
@@ -24,7 +26,7 @@ shapes where t is small, details where it is large.
     m, mask        mask          (B, 3, 1, 1)    0 for the chroma of a monochrome picture, else 1 (Parts 2 and 5)
     top_idx        top, left     integers        place of a crop in the grid of patches (Parts 3 and 4)
 
-    Part 1, rectified flow            common.flow_point, predicted_data     Part 5, masked loss       flow_loss
+    Part 1, rectified flow            common.flow_point; predicted_data     Part 5, masked loss       flow_loss
     Part 2, CIELAB, lost colours      rgb_to_lab, load_data, Dataset        Part 5, oversampling      Dataset.batch
     Part 3, patch diffusion           random_crop                           Part 6, sampling          sample
     Part 4, the transformer           JiT                                   Part 6, LPIPS             novelty
@@ -67,7 +69,7 @@ class Config(common.TrainConfig):
     # Model (Part 4)
     patch_size: int = option(8, "side of a patch in pixels; each patch is a token", low=1)
     hidden_size: int = option(256, "width of a token", low=4)
-    depth: int = option(6, "number of blocks", low=1)
+    depth: int = option(6, "number of blocks", low=1, high=1000)
     num_heads: int = option(4, "attention heads", low=1)
     bottleneck_dim: int = option(128, "width of the bottleneck in the patch embedding", low=1)
     # Objective (Parts 1 and 5)
@@ -86,11 +88,13 @@ class Config(common.TrainConfig):
     )
 
 
-# Muon with a linear fall of the learning rate learns from 70,000 pictures what AdamW learns from 120,000; ema has to
-# follow that. Its step takes as long for a crop as for a full picture, so full pictures are taken more often.
+# Muon learns from 70,000 pictures nearly what AdamW learns from 120,000 (docs/results.md), so ema averages over fewer
+# steps. Muon's update takes equally long after a small crop and after a full picture, so that small crops save less
+# time: full pictures are taken more often.
 DEMO = dict(minutes=10.0, optimizer="auto", decay="linear", ema=0.995, full_image_prob=0.7)
-# L* fills its scale of [-1, 1], a* and b* do not, so noise of 1 hides colour until the last steps. These values are
-# about what noise of 1 in RGB becomes in L*a*b*. They hide less at each t, so t is lower on average.
+# L* spreads over most of the scale [-1, 1], a* and b* over little of it, so noise of 1 hides colour until t is near 1.
+# These values are about the spread that noise of 1 in RGB has in L*a*b*. Less noise hides less at the same t, so times
+# are lower (nearer to noise) on average.
 DEMO |= dict(lab_noise=(0.6, 0.35, 0.35), time_mean=-0.9)
 
 # The post's model and training: 1,280 epochs of 10,000 pictures at batch 256 are 50,000 steps. It used fp16, which is
@@ -174,7 +178,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens -> the pixels of their patches, (B, N, D) -> (B, N, patch_size^2 C). Its weights start at zero."""
+    """Tokens -> the pixels of their patches, (B, N, D) -> (B, N, patch_size^2 C). Its linear layers start at zero."""
 
     def __init__(self, hidden_size, patch_size, out_channels):
         super().__init__()
@@ -192,9 +196,9 @@ class JiT(nn.Module):
 
     model(x_t, t, y, top_idx=0, left_idx=0) -> x_hat (B, C, H, W). x_t (B, C, H, W): H and W are multiples of patch_size
     and fit in the grid of input_size / patch_size patches from the place (top_idx, left_idx), in patches. t: a float, a
-    0-d or a (B,) tensor in [0, 1], 1 = data. y: (B,) class labels below num_classes; num_classes is the null label.
-    in_context_len: from block in_context_start on, so many class tokens stand before the others; 0 means none.
-    Raises ValueError if a picture does not fit.
+    0-d or a (B,) tensor in [0, 1], 1 = data. y: (B,) class labels from 0 to num_classes - 1; the label num_classes
+    means "no class". in_context_len: number of class tokens put before the picture's tokens at block in_context_start;
+    official JiT checkpoints have 32, the post's has none. Raises ValueError if a picture does not fit.
     """
 
     def __init__(
@@ -213,8 +217,8 @@ class JiT(nn.Module):
         super().__init__()
         self.patch_size, self.grid, self.num_classes = patch_size, input_size // patch_size, num_classes
         self.head_dim, self.in_context_start = hidden_size // num_heads, in_context_start
-        # Fixed, but a parameter and not a buffer: published checkpoints hold it. In them columns come before rows, and
-        # sines before cosines, the reverse of sincos_2d.
+        # Never trained. A parameter, as in the published models, so that the number of parameters is theirs too. Their
+        # order is (column sines, column cosines, row sines, row cosines), the reverse of sincos_2d's.
         quarters = common.sincos_2d(torch.arange(self.grid), torch.arange(self.grid), hidden_size).chunk(4, dim=-1)
         self.pos_embed = nn.Parameter(torch.cat(quarters[::-1], dim=-1).unsqueeze(0), requires_grad=False)
         self.in_context_posemb = nn.Parameter(torch.empty(1, in_context_len, hidden_size)) if in_context_len else None
@@ -226,16 +230,17 @@ class JiT(nn.Module):
         self.initialize_weights()
 
     def initialize_weights(self):
-        """Xavier for matrices, N(0, 0.02^2) for embeddings, zero for gates and output: a new model outputs 0."""
+        """Xavier for matrices; N(0, 0.02^2) for the embedders of label and time; zero for all AdaLN and the output: a
+        new model outputs 0."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        embeddings = [self.y_embedder["embedding_table"], self.t_embedder.mlp[0], self.t_embedder.mlp[2]]
-        for weight in [module.weight for module in embeddings] + [self.in_context_posemb]:
-            if weight is not None:
-                nn.init.normal_(weight, std=0.02)
+        for module in (self.y_embedder["embedding_table"], self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(module.weight, std=0.02)
+        if self.in_context_posemb is not None:
+            nn.init.normal_(self.in_context_posemb, std=0.02)
         for module in [*self.blocks, self.final_layer]:
             common.zero_init(module.adaLN_modulation[1])
         common.zero_init(self.final_layer.linear)
@@ -249,15 +254,15 @@ class JiT(nn.Module):
 
     def forward(self, x_t, t, y, top_idx=0, left_idx=0):
         p, (batch, channels, height, width) = self.patch_size, x_t.shape
-        rows = torch.arange(top_idx, top_idx + height // p, device=x_t.device)
-        columns = torch.arange(left_idx, left_idx + width // p, device=x_t.device)
-        ends = top_idx + height // p, left_idx + width // p
-        if height % p or width % p or min(top_idx, left_idx) < 0 or max(ends) > self.grid:
+        bottom, right = top_idx + height // p, left_idx + width // p
+        if height % p or width % p or min(top_idx, left_idx) < 0 or max(bottom, right) > self.grid:
             picture = f"{height} x {width} pixels at patch ({top_idx}, {left_idx})"
             raise ValueError(f"{picture} do not fit a grid of {self.grid} x {self.grid} patches of {p}")
-        # A crop's place enters through its slice of the absolute embedding. RoPE starts at the same place, but its
-        # scores depend on differences of positions only: it cannot tell places apart, as the post hopes.
-        position = self.pos_embed.unflatten(1, (self.grid, self.grid))[:, rows][:, :, columns].flatten(1, 2)
+        # The place of a crop reaches the network only through its slice of the absolute embedding. RoPE is given the
+        # same place, as in the post, but its scores depend on differences of positions only: it cannot show where a
+        # crop lies, although the post's Part 3 hopes so.
+        position = self.pos_embed.unflatten(1, (self.grid, self.grid))[:, top_idx:bottom, left_idx:right].flatten(1, 2)
+        rows, columns = (torch.arange(*ends, device=x_t.device) for ends in ((top_idx, bottom), (left_idx, right)))
         rope = common.rope_2d(rows, columns, self.head_dim)
 
         t = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).expand(batch)
@@ -270,8 +275,9 @@ class JiT(nn.Module):
                 context = label.unsqueeze(1) + self.in_context_posemb
                 context_len = context.shape[1]
                 x = torch.cat((context, x), dim=1)  # (B, context_len + N, D)
-                # Class tokens have no position: cosine 1 and sine 0 rotate them by nothing.
-                rope = tuple(F.pad(table, (0, 0, context_len, 0), value=one) for table, one in zip(rope, (1.0, 0.0)))
+                # Class tokens have no position: cosine 1 and sine 0 leave them as they are.
+                cos, sin = rope
+                rope = F.pad(cos, (0, 0, context_len, 0), value=1.0), F.pad(sin, (0, 0, context_len, 0), value=0.0)
             x = block(x, condition, rope)
         x = self.final_layer(x[:, context_len:], condition)  # (B, N, p p C)
         x = x.unflatten(1, (height // p, width // p)).unflatten(-1, (p, p, channels))  # (B, H/p, W/p, p, p, C)
@@ -281,7 +287,7 @@ class JiT(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------
 # Loss (Part 5) and sampler (Part 6)
 
-MIN_TIME = 0.05  # JiT's bound for the divisions by 1 - t and t in training
+MIN_TIME = 0.05  # JiT's bound for 1 - t in the training loss; with --predict eps for t, in sampling too
 
 
 def predicted_data(config, output, x_t, t):
@@ -296,15 +302,16 @@ def predicted_data(config, output, x_t, t):
 def flow_loss(config, output, x_t, x, t, mask):
     """The loss of each picture, (B,); output, x_t and x (B, C, H, W), t (B,), mask (B, C, 1, 1) (Part 5).
 
-    The text of Part 5 compares velocities: --loss v. In its code x_0 is subtracted from both sides and cancels, which
-    leaves the error of the picture: --loss x. They differ by the weight 1 / (1 - t)^2.
+    --loss v is the formula of Part 5 with v_theta = (x_hat - x_t) / (1 - t), as in Part 1. (Part 5 prints v_theta
+    without the division; then it would not match the target x_1 - x_0.) --loss x is the code of Part 5: x_0 is
+    subtracted on both sides and cancels, which leaves x_hat - x_1. The two differ by the weight 1 / (1 - t)^2.
     """
     t = t.view(-1, 1, 1, 1)
     error = predicted_data(config, output, x_t, t) - x
     if config.loss == "v":
-        # v_hat - v = (x_hat - x_t) / (1 - t) - (x - x_t) / (1 - t)
+        # v_hat - v = (x_hat - x_t) / (1 - t) - (x - x_t) / (1 - t) = (x_hat - x) / (1 - t)
         error = error / (1 - t).clamp(min=MIN_TIME)
-    # Where the noise of channels differs, their errors are measured relative to it.
+    # A channel that gets half the noise of L* (--lab-noise) gets twice the weight, so that it counts as much as L*.
     scale = noise_scale(config, t.device)
     error = error * (scale[0] / scale)
     # L = |v_hat - v|^2 * m. As in the post the mean counts masked elements too: a monochrome picture's loss is smaller.
@@ -346,21 +353,20 @@ def sample(
     device = next(model.parameters()).device
     precision = common.pick_precision(precision, device)
 
-    def predict(x_t, t, y):
+    def predict(x_t, t, label):
+        y = torch.full((len(x_t),), label, device=device)
         with autocast(device, precision):
             output = model(x_t, t, y)
         return predicted_data(config, output, x_t, t)
 
     def velocity(x_t, t):
-        y = torch.full((len(x_t),), label, device=device)
-        if cfg == 1:
-            x_hat = predict(x_t, t, y)
-        else:
-            labels = torch.cat((y, torch.full_like(y, model.num_classes)))
-            conditional, unconditional = predict(torch.cat((x_t, x_t)), t, labels).chunk(2)
-            x_hat = unconditional + cfg * (conditional - unconditional)
-        # v = (x_hat - x_t) / (1 - t). The post divides by max(1 - t, 0.01), which changes nothing up to 100 steps: the
-        # last t is 1 - 1/steps. So the last Euler step ends at x_hat, which the post returns.
+        x_hat = predict(x_t, t, label)
+        if cfg != 1:
+            unconditional = predict(x_t, t, model.num_classes)
+            x_hat = unconditional + cfg * (x_hat - unconditional)
+        # v = (x_hat - x_t) / (1 - t). No solver calls this at t = 1: its last t is 1 - 1/steps. (The post's bound,
+        # max(1 - t, 0.01), acts only above 100 steps.) In the last Euler step 1 - t is the step size, so that the step
+        # ends at x_hat, which the post returns.
         return (x_hat - x_t) / (1 - t)
 
     pictures, times = [], [i / steps for i in range(steps + 1)]
@@ -385,7 +391,8 @@ WHITE = torch.tensor([0.95047, 1.0, 1.08883]).view(3, 1, 1)
 
 
 def rgb_to_lab(x):
-    """RGB in [0, 1] -> (L* / 50 - 1, a* / 128, b* / 128), both (B, 3, H, W) float32; a grey has zero chroma."""
+    """RGB in [0, 1] -> (L* / 50 - 1, a* / 128, b* / 128), both (B, 3, H, W) float32. A grey's chroma is
+    below 1e-4."""
     x = x.float()
     linear = torch.where(x > 0.04045, ((x + 0.055) / 1.055) ** 2.4, x / 12.92)
     xyz = torch.einsum("ij,bjhw->bihw", XYZ_FROM_RGB.to(x.device), linear) / WHITE.to(x.device)
@@ -417,7 +424,7 @@ def to_rgb(config, x):
 
 def has_color(rgb):
     """(N, 3, S, S) uint8 -> (N,) bool: False where the channels are nearly equal at nearly every pixel, as in a scanned
-    photograph or a grey JPEG with three channels."""
+    black-and-white photograph or a grey JPEG with three channels."""
     spread = rgb.amax(dim=1) - rgb.amin(dim=1)  # (N, S, S)
     return (spread > 8).flatten(1).float().mean(dim=1) > 0.005
 
@@ -425,9 +432,9 @@ def has_color(rgb):
 def random_crop(config, rng):
     """(top, left, side) in patches; one place for the whole batch (Part 3). rng: a torch.Generator.
 
-    This is what the post's code does, and not quite its text. Because a crop size may be 1.0, the full picture has the
-    probability 0.2 + 0.8 / 3 = 47 %, not 20 %. A crop of 10 x 10 in the grid of 20 x 20 patches has 11 x 11 = 121
-    places, not 21; one of 16 x 16 has 25.
+    As in the post's code, whose numbers differ from its text. With its settings (--preset paper) the full picture has
+    the probability 0.2 + 0.8 / 3 = 47 %, not 20 %, because one of the three crop sizes is the full side. A crop of
+    10 x 10 patches in the grid of 20 x 20 has 11 x 11 = 121 places, not 21; one of 16 x 16 has 5 x 5 = 25.
     """
     grid = config.image_size // config.patch_size
     side = grid
@@ -462,10 +469,9 @@ class Dataset:
         x = rgb_to_lab(rgb.to(self.device) / 255)
         x[:, 1:] *= in_color  # monochrome: zero chroma (Part 2) ...
         mask = torch.ones(len(x), 3, 1, 1, device=self.device)
-        if config.space == "rgb":
-            # In RGB a monochrome picture is grey in all three channels. Nothing can be masked: the post's argument.
-            return lab_to_rgb(x) * 2 - 1, mask, top, left
-        if self.in_color.any():  # (a set without any colour teaches that there is none)
+        if config.space == "rgb":  # grey in all three channels, none of which can be masked: why the post takes L*a*b*
+            x = lab_to_rgb(x) * 2 - 1
+        elif self.in_color.any():  # (with no picture in colour, zero chroma is what should be learned)
             mask[:, 1:] *= in_color  # ... and no gradient
         return x, mask, top, left
 
@@ -473,10 +479,11 @@ class Dataset:
 def load_data(config, device):
     """(Dataset, checksum): reads or paints the pictures and decides which of them keep their colour."""
     data = common.load_pictures(config.data, config.image_size)
-    # Depends on seed and number of pictures only: every run keeps the same ones.
+    # Depends on --seed and the number of pictures only, so that a resumed run keeps the same ones.
     order = torch.randperm(len(data), generator=common.generator(config.seed))
     kept = torch.zeros(len(data), dtype=torch.bool)
-    kept[order[: round(config.color_fraction * len(data))]] = True
+    count = config.color_fraction * len(data)
+    kept[order[: round(count) or math.ceil(count)]] = True  # of a few pictures, at least one
     colored = torch.cat([has_color(part) for part in data.pictures.split(512)])
     return Dataset(config, data.pictures, kept & colored, device, data.skipped), data.checksum()
 
@@ -486,7 +493,7 @@ def load_data(config, device):
 
 
 def build_model(config):
-    """A new JiT of the config's sizes. Raises UserError for sizes that do not divide."""
+    """A new JiT of the config's sizes. Raises UserError for sizes that do not divide, or other than three lab_noise."""
     if config.image_size % config.patch_size:
         raise UserError(f"--patch-size {config.patch_size} does not divide --image-size {config.image_size}")
     if config.hidden_size % (4 * config.num_heads):
@@ -512,7 +519,7 @@ def train(config):
     muon_modules = [module for block in model.blocks for module in (block.attn, block.mlp)]
     optimizer, scaler = common.make_optimizer(config, model, device, muon_modules)
     run.header = {"data": [len(data), checksum]}
-    about = f"{len(data):,} pictures, {int(data.in_color.sum()):,} of them in colour, {precision} on {device}"
+    about = f"{len(data):,} pictures, {int(data.in_color.sum()):,} in colour, {precision} on {device}"
     run.start(model, ema, optimizer, scaler, about, len(data), data.skipped)
     common.compile_blocks(config, device, model.blocks, dynamic=True)  # crops have several sizes
 
@@ -617,8 +624,9 @@ def sample_command(options):
     common.write_samples(rgb, [f"{options.seed + i:06d}" for i in range(options.num)], options, frames)
 
 
-# Is a sample a new face, or one of the training set? A metric turns pictures (B, 3, H, W) in [0, 1] into features
-# whose squared distances are the distances of the pictures: the nearest of 10,000 is then found with matrix products.
+# Is a sample a new face, or a copy from the training set? nearest() needs the distance of every sample to every
+# training picture. Both distances below are sums of squared differences, so a metric returns a vector of features
+# for each picture, (B, 3, H, W) in [0, 1] -> (B, features), and |features(a) - features(b)|^2 is the distance of a, b.
 
 
 def pixel_features(rgb):
@@ -631,19 +639,15 @@ def pixel_features(rgb):
 def nearest(metric, queries, pictures, skip_self=False, batch_size=250):
     """For each of queries (Q, 3, S, S) in [0, 1] the nearest of pictures (N, 3, S, S) uint8: (distances (Q,), indices
     (Q,)). skip_self: the queries are the first Q of the pictures, and each is compared with the others only."""
-    a = metric(queries)
-    best, index = torch.full((len(a),), math.inf), torch.zeros(len(a), dtype=torch.long)
+    a, parts = metric(queries), []
     for start in tqdm(range(0, len(pictures), batch_size), "searching", leave=False):
         b = metric(pictures[start : start + batch_size].to(queries.device) / 255)
         # |a - b|^2 = |a|^2 + |b|^2 - 2 a.b
-        distance = (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp(min=0).cpu()
-        if skip_self:
-            own = torch.arange(start, max(start, min(start + len(b), len(a))))
-            distance[own, own - start] = math.inf
-        closest, where = distance.min(dim=1)
-        index = torch.where(closest < best, where + start, index)
-        best = torch.minimum(best, closest)
-    return best, index
+        parts.append((a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp(min=0).cpu())
+    distances = torch.cat(parts, dim=1)  # (Q, N)
+    if skip_self:
+        distances.fill_diagonal_(math.inf)
+    return distances.min(dim=1)
 
 
 @dataclasses.dataclass
@@ -670,7 +674,8 @@ def novelty(options):
     model, config = load_model(common.find_weights(options.weights, "jit_lab"), device)
     paths = options.data or config.data
     if not paths or (paths != ("drawn",) and not all(Path(path).exists() for path in paths)):
-        raise UserError(f"the training pictures ({' '.join(paths)}) are not here; name them with --data")
+        named = " ".join(paths) or "this checkpoint names none"
+        raise UserError(f"the training pictures ({named}) are not here; name them with --data")
     data = common.load_pictures(paths, config.image_size)
     common.tell_skipped(data.skipped)
     rgb = sample(model, config, options.num, options.steps, options.seed)

@@ -11,18 +11,17 @@ and step N - 1 is NOISE. One position of a latent map stands for a tile of 8 x 8
 What to expect of the demo preset (two cores of an AMD EPYC with AVX512-BF16, 10,000 pictures of faces): a VAE of 34 dB
 after six minutes. Then the denoiser's loss starts at 1.0, because its last layer starts at zero and the noise that it
 should predict has a mean square of 1. Samples show heads in clouds of colour at minute 1, faces at minute 3, and at
-minute 9 faces with clean lines, some with a smudge. The shipped weights, of 12 and 38 minutes, have 37 dB and a loss of
-0.025 on held-out pictures.
+minute 9 faces with clean lines, some with a smudge. The shipped weights are of 12 and 38 minutes; their VAE has 37 dB.
 
     symbol      here                shape                   meaning
     x           x, pictures         (B, 3, H, W)            pictures; in [-1, 1] inside the VAE
-    z_0         latent              (B, C, h, w)            the VAE's posterior mean; h = H/8, w = W/8
+    z_0         latent              (B, C, h, w)            posterior mean after VAE.normalise; h = H/8, w = W/8
     N - 1       num_timesteps                               noisy steps; with the clean step 0 there are N
     beta_t      linear_betas        (N - 1,)                part of the variance that step t replaces by noise
     abar_t      alpha_bars[t]       (N,)                    product of 1 - beta up to t; abar_0 = 1
-    z_t         x_t                 (B, C, h, w)            sqrt(abar_t) z_0 + sqrt(1 - abar_t) noise
+    z_t         x_t; x in denoise   (B, C, h, w)            sqrt(abar_t) z_0 + sqrt(1 - abar_t) noise
     eps         eps                 (B, C, h, w)            the noise that the denoiser predicts in z_t
-    v, a, h     value, forget, h    (B, h w, D)             the scan: state h_t = a_t h_(t-1) + (1 - a_t) v_t
+    v, a, s     value, forget, h    (B, h w, D)             scan: s_i = a_i s_(i-1) + (1 - a_i) v_i, i along a path
     m           keep                (H, W)                  mask in pixels: 1 = keep
 
     part of the write-up                         where
@@ -67,7 +66,7 @@ class VAEConfig(common.TrainConfig):
     # VAE
     channels: int = option(8, "channels of the latent", low=1)
     vae_width: int = option(64, "width of the VAE at half the pictures' resolution", low=4)
-    encoder_depth: int = option(1, "blocks of the encoder at each resolution", low=1)
+    encoder_depth: int = option(1, "blocks of the encoder at each resolution", low=1, high=1000)
     decoder: str = option("local", "local: the write-up's; global: Stable Diffusion's", choices=("local", "global"))
     slope_weight: float = option(0.5, "weight of the error of differences between neighbouring pixels", low=0.0)
     kl_weight: float = option(2.5e-5, "weight of the KL divergence of latents from N(0, 1)", low=0.0)
@@ -88,7 +87,7 @@ class Config(VAEConfig):
     # Denoiser
     width: int = option(96, "width of the denoiser at the latent's resolution, a multiple of 8", low=8)
     multipliers: tuple[int, ...] = option((1, 2), "width at each resolution, in multiples of --width", low=1)
-    depth: int = option(2, "blocks of the denoiser at each resolution, down and up", low=1)
+    depth: int = option(2, "blocks of the denoiser at each resolution, down and up", low=1, high=1000)
     num_timesteps: int = option(1000, "noisy steps, N - 1; with far fewer the last one is not yet noise", low=2)
 
 
@@ -176,7 +175,7 @@ def global_decoder(channels, width):
 
 class VAE(nn.Module):
     """Pictures (B, 3, H, W) in [-1, 1] <-> latents (B, channels, H/8, W/8); H and W multiples of 8. mean and std are
-    those of each latent channel over the training set, measured before each checkpoint is written."""
+    those of each latent channel over 300 pictures of the training set, measured before each checkpoint is written."""
 
     def __init__(self, channels=8, width=64, encoder_depth=1, decoder="local"):
         super().__init__()
@@ -214,15 +213,16 @@ class VAE(nn.Module):
         return self.decode(mean + (logvar / 2).exp() * noise), mean, logvar
 
     def normalise(self, latent, inverse=False):
-        """The VAE's latent -> the latent that the denoiser sees, whose channels have mean 0 and standard deviation 1
-        over the training set; or the inverse."""
+        """The VAE's latent -> the latent that the denoiser sees, whose channels have mean 0 and standard deviation 1,
+        as the noise schedule assumes; or the inverse."""
         mean, std = self.mean[:, None, None], self.std[:, None, None]
         return latent * std + mean if inverse else (latent - mean) / std
 
 
 def vae_loss(config, x, remade, mean, logvar):
     """(B,) loss of each picture: squared error, squared error of the differences between neighbouring pixels at three
-    scales, which penalises blur, and a small KL divergence of the posterior from N(0, 1) (Kingma & Welling 2013)."""
+    scales, which penalises blur, and a small KL divergence of the posterior from N(0, 1), as a mean over its elements
+    (Kingma & Welling 2013)."""
     error = remade - x
     loss = error.square().mean(dim=(1, 2, 3))
     for _ in range(3):
@@ -248,8 +248,8 @@ def serpentine_order(height, width, direction):
     """
     numbers = torch.arange(height * width).view(height, width)
     lines = {
-        "rows": list(numbers),
-        "columns": list(numbers.T),
+        "rows": numbers,
+        "columns": numbers.T,
         "diagonals": [numbers.diagonal(k) for k in range(1 - height, width)],
         "antidiagonals": [numbers.flip(1).diagonal(k) for k in range(1 - height, width)],
     }[direction.removesuffix(" reversed")]
@@ -272,11 +272,12 @@ def reorder(x, orders):
 
 
 def scan(a, b):
-    """h_t = a_t h_(t-1) + b_t along dim 1 of (B, N, D), starting from h = 0.
+    """h_t = a_t h_(t-1) + b_t along dim 1 of (B, N, D), starting from h = 0. Here t is a place on the path, not a time.
 
-    The plain form is a loop over t. Here all chunks of 16 positions are scanned at the same time, 16 steps in all. The
-    first pass starts each chunk at zero and finds its last state; the states between chunks obey the same recurrence,
-    N/16 long, with the product of a over a chunk in place of a. The second pass starts each chunk from the right state.
+    The plain form is a loop of N steps. Here the path is cut into N/16 chunks, and every step works on all of them.
+    1. Scan each chunk from zero, in 16 steps, and keep its last state. 2. The true last states obey the same recurrence
+    from chunk to chunk, with the product of a over a chunk as a and the states of 1. as b: scan() calls itself. 3. Scan
+    each chunk again, in 16 steps, from the true last state of the chunk before.
     """
     count = b.shape[1]
     size = min(16, count)
@@ -296,8 +297,8 @@ def scan(a, b):
 
 
 class Scan(torch.autograd.Function):
-    """scan() along the paths in the columns of orders. Its gradient is a scan in the opposite direction, which needs a
-    and h only, so memory is linear in the number of positions."""
+    """scan() along the paths in the columns of orders. Its gradient is written by hand, because autograd would record
+    every step of the loop: it is a scan in the opposite direction, which needs a and h only."""
 
     @staticmethod
     def forward(ctx, a, b, orders, inverse):
@@ -317,8 +318,8 @@ class Scan(torch.autograd.Function):
 
 
 def scan_map(a, b, height, width):
-    """scan() over maps (B, height width, D), row by row, along all eight paths, an eighth of the channels on each. The
-    result (B, height width, D) is row by row again."""
+    """scan() along all eight paths, an eighth of the channels D on each. a, b and the result are (B, height width, D),
+    with positions numbered row by row whatever the path."""
     return Scan.apply(a, b, *all_orders(height, width, a.device))
 
 
@@ -334,8 +335,8 @@ class Serpentine(nn.Module):
         super().__init__()
         self.norm = LayerNorm2d(width)
         self.in_proj = nn.Linear(width, 3 * width)  # to the value, the forget gate and the output gate
-        # A state remembers about s = 1 / (1 - a) positions. At the start s is 2 to 64 on each path: the gate's bias is
-        # log(s - 1), because sigmoid(log(s - 1)) = 1 - 1 / s.
+        # A second bias of the forget gate, log(s - 1), added in float32. sigmoid(log(s - 1)) = 1 - 1 / s is the gate of
+        # a state that remembers about s positions; at the start s is 2 to 64 among the channels of each path.
         spans = torch.logspace(1, 6, width // len(DIRECTIONS), base=2).repeat(len(DIRECTIONS))
         self.span = nn.Parameter(torch.log(spans - 1))
         self.out_proj = zero_init(nn.Linear(width, width))
@@ -386,12 +387,15 @@ class Denoiser(nn.Module):
         self.time_embed = common.TimestepEmbedder(embed_dim)
         self.conv_in = nn.Conv2d(channels, width, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        for before, wide in zip([width, *widths], widths):
-            self.down.append(nn.ModuleList([Block(wide if i else before, wide, embed_dim) for i in range(depth)]))
-        for below, wide in reversed(list(zip([*widths[1:], widths[-1]], widths))):
-            widths_in = [(wide if i else below) + wide for i in range(depth)]  # + wide: the output of a block of down
-            self.up.append(nn.ModuleList([Block(width_in, wide, embed_dim) for width_in in widths_in]))
-        self.norm, self.conv_out = LayerNorm2d(wide), zero_init(nn.Conv2d(wide, channels, 3, padding=1))
+        width_in = width
+        for wide in widths:
+            self.down.append(nn.ModuleList([Block(wide if i else width_in, wide, embed_dim) for i in range(depth)]))
+            width_in = wide
+        for wide in reversed(widths):  # + wide: each block of `up` also gets the output of a block of `down`
+            stage = [Block((wide if i else width_in) + wide, wide, embed_dim) for i in range(depth)]
+            self.up.append(nn.ModuleList(stage))
+            width_in = wide
+        self.norm, self.conv_out = LayerNorm2d(width_in), zero_init(nn.Conv2d(width_in, channels, 3, padding=1))
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x, t):
@@ -406,7 +410,7 @@ class Denoiser(nn.Module):
         for blocks in self.up:
             if x.shape[2:] != skips[-1].shape[2:]:
                 x = F.interpolate(x, size=skips[-1].shape[2:], mode="nearest")
-            for block in blocks:
+            for block in blocks:  # (there is no middle block, so that the first skip is x itself)
                 x = block(torch.cat((x, skips.pop()), dim=1), emb)
         # In float32: where x_t is nearly all noise, a rounding error of eps is a large error of the clean latent.
         with torch.autocast(x.device.type, enabled=False):
@@ -467,12 +471,13 @@ def add_noise(latent, noise, alpha_bar):
 
 
 def denoise(
-    predict, x, alpha_bars, steps, solver="ddim", noise_fn=None, limit=None, clamp=None, resample_steps=1, callback=None
-):
+    predict, x, alpha_bars, steps, solver="ddim", noise_fn=None, data_max=None, clamp=None, resample_steps=1,
+    callback=None,
+):  # fmt: skip
     """From noise x at t = N - 1 to the clean latent at t = 0 in `steps` steps. alpha_bars: noise_schedule().
 
     predict(x, t) returns the noise in x. solver: "ddim", or "ancestral", the write-up's, which adds noise_fn() in all
-    steps but the last. limit: the largest absolute value of the clean latent that a step may predict. clamp(x, t)
+    steps but the last. data_max: the largest absolute value of the clean latent that a step may predict. clamp(x, t)
     puts back what is known, before the first step and after each one. resample_steps: how often each step but the last
     is made, with noise added in between to get from t_next back to t, so that new and known content can adapt to each
     other (RePaint, Lugmayr et al. 2022, section 4.2). callback(x, part) gets every state, with part from 0 to 1.
@@ -489,8 +494,8 @@ def denoise(
                 alpha = alpha_bar / alpha_bar_next
                 x = clamp(alpha**0.5 * x + (1 - alpha) ** 0.5 * noise_fn(), t)
             eps = predict(x, t)
-            if limit is not None:
-                eps = common.clip_x0(x, eps, alpha_bar, limit)
+            if data_max is not None:
+                eps = common.clip_x0(x, eps, alpha_bar, data_max)
             if solver == "ddim":
                 x = common.ddim_step(x, eps, alpha_bar, alpha_bar_next)
             else:
@@ -534,9 +539,9 @@ def sample_latents(model, config, options, shape, clamp_for=None, resample_steps
             def noise_fn(rngs=rngs):
                 return torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device)
 
-            clamp = clamp_for and clamp_for(noise, rows)
-            settings = options.steps, options.solver, noise_fn, model.latent_range, clamp, resample_steps, show
-            latents.append(denoise(predict, noise, alpha_bars, *settings))
+            clamp = clamp_for(noise, rows) if clamp_for else None
+            settings = dict(data_max=model.latent_range, clamp=clamp, resample_steps=resample_steps, callback=show)
+            latents.append(denoise(predict, noise, alpha_bars, options.steps, options.solver, noise_fn, **settings))
     return model.vae.normalise(torch.cat(latents), inverse=True)
 
 
@@ -606,7 +611,7 @@ def inpaint(model, config, x, keep, callback=None, **options):
     """Sample new content at the latent positions that a mask does not keep.
 
     x: pictures (1 or num, 3, H, W) in [-1, 1], of any H and W. keep (H, W): 1 where pixels are kept. options: the
-    fields of InpaintConfig. Returns the latents (num, C, h, w), which equal vae.encode(x) bit for bit at the kept
+    fields of InpaintConfig. Returns the latents (num, C, h, w), which equal encode(vae, x) bit for bit at the kept
     positions, and RGB (num, 3, H, W) in [0, 1]. callback(rgb, part) gets the states of the first batch. Raises
     UserError where the mask keeps everything or no whole tile.
     """
@@ -665,8 +670,9 @@ def blocks(model):
 
 
 def compile_blocks(config, device, model):
-    """common.compile_blocks; on a CPU only with --compile, because compiled blocks are no faster there. The scan is not
-    compiled, since the compiler would unroll its loops."""
+    """common.compile_blocks; on a CPU only with --compile, because these blocks are no faster there. The scan is not
+    compiled, since the compiler would unroll its loops; it is wrapped here and not where it is defined, because
+    torch.compiler imports the whole compiler."""
     global scan_map
     if config.compile or device.type == "cuda":
         scan_map = torch.compiler.disable(scan_map)
@@ -729,7 +735,8 @@ def measure_latents(vae, pictures):
 
 
 def vae_stage(config):
-    """The config of `train`'s first stage. It goes on with a VAE of which there is a checkpoint already."""
+    """The config of the VAE stage: the shared options, with --vae-minutes, --vae-steps, --vae-batch-size and --vae-lr
+    as its own. If OUT-vae holds a checkpoint, its training is resumed, also without --resume."""
     shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(VAEConfig)}
     own = {name: getattr(config, f"vae_{name}") for name in ("minutes", "steps", "batch_size", "lr")}
     begun = Path(f"{config.out}-vae", "state.safetensors").exists()
@@ -740,15 +747,17 @@ def vae_stage(config):
 def train(config):
     """Train the VAE, unless --vae names one, then the denoiser. Returns the exit code. Raises UserError."""
     device, precision = common.init_training(config)
+    with torch.device("meta"):
+        build_denoiser(config)  # sizes that do not fit are told before the VAE is trained
     begun = Path(config.out, "state.safetensors").exists()  # a denoiser's checkpoint contains its VAE
     if not config.vae and not begun:
         if code := train_vae(vae_stage(config)):
             return code
-        config = dataclasses.replace(config, resume=None)
-    trained_vae, vae_config = load_model(config.out if begun else config.vae or f"{config.out}-vae", device)
+        config = dataclasses.replace(config, resume=None)  # the denoiser's run is new
+    loaded_model, vae_config = load_model(config.out if begun else config.vae or f"{config.out}-vae", device)
     sizes = {name: getattr(vae_config, name) for name in ("channels", "vae_width", "encoder_depth", "decoder")}
     config = dataclasses.replace(config, **sizes)
-    vae = trained_vae.vae.requires_grad_(False)
+    vae = loaded_model.vae.requires_grad_(False)
 
     run = Run(config, "serpentine_vae", may_change={"vae", "vae_minutes", "vae_steps"})
     pictures, _, loaded = load_data(config)
@@ -760,7 +769,7 @@ def train(config):
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     trained = common.parallelize(config, model, ema, device, blocks)
     optimizer, scaler = common.make_optimizer(config, model, device)
-    run.header = {"checksum": loaded.checksum(), "range": latents.abs().max().item()}
+    run.header = {"checksum": loaded.checksum(), "range": torch.max(latents.abs().max(), mirrored.abs().max()).item()}
     whole = LatentDiffusion(vae, ema, run.header["range"])
     about = f"denoiser on the latents of {len(latents):,} pictures, {precision} on {device}"
     run.start(model, whole, optimizer, scaler, about, len(latents), loaded.skipped)
@@ -809,11 +818,11 @@ def read_image(path, mode="RGB"):
     """A picture file as (1, C, H, W) uint8; C is 3, or 1 in mode "L". Raises UserError."""
     with common.reading(path, "picture"):
         pixels = np.array(common.open_picture(path).convert(mode))
-    return torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1)[None]
+    return common.picture_tensor([np.atleast_3d(pixels)])
 
 
 def inpaint_command(options):
-    """Write the results, and beside them NAME-sheet.png: original, mask and results in a row."""
+    """Write the results, and beside them NAME-sheet.png: original, what is kept in white, and results."""
     if not options.image or not options.mask:
         raise UserError("name a picture with --image and a mask with --mask; white in the mask is kept")
     x, mask = to_signed(read_image(options.image)), read_image(options.mask, "L")[0, 0]
@@ -832,14 +841,14 @@ def inpaint_command(options):
 @dataclasses.dataclass
 class ReconstructConfig(common.LoadConfig):
     image: str = option("", "one picture of any size, instead of --data")
-    data: tuple[str, ...] = option(("drawn",), "as in train; of the weights' own data, what training held out")
+    data: tuple[str, ...] = option(("drawn",), "as in train; of the data trained on, only what was held out")
     num: int = option(16, "pictures of --data that are shown; all of them are measured", low=1)
     out: str = option("samples/reconstructed.png", "each original and its reconstruction", picture=True)
 
 
 def unseen_pictures(data, config):
     """Pictures (N, 3, S, S) uint8 that weights with this config were not trained on: what training held out of its own
-    or of the drawn data, or all pictures of other data."""
+    or of the drawn data, or all pictures of other data, which is recognised by its name as given to --data."""
     _, held_out, loaded = load_data(dataclasses.replace(config, data=data))
     common.tell_skipped(loaded.skipped)
     return held_out if data in (config.data, ("drawn",)) else loaded.pictures
@@ -862,7 +871,7 @@ def reconstruct_command(options):
     """Print how close reconstructions come to their originals, and show them side by side."""
     model, config = load_model(options.weights, common.pick_device(options.device))
     pictures = read_image(options.image) if options.image else unseen_pictures(options.data, config)
-    print(f"{len(pictures)} unseen pictures: PSNR {psnr(model.vae, pictures):.1f} dB")
+    print(f"{len(pictures)} {'given' if options.image else 'unseen'} pictures: PSNR {psnr(model.vae, pictures):.1f} dB")
     shown = torch.stack(reconstruct(model.vae, pictures[: options.num]), dim=1).flatten(0, 1)
     common.save_picture(make_grid(shown, 2 * math.ceil(len(shown) ** 0.5 / 2)), options.out)
     print(f"original and reconstruction, side by side, in {options.out}")
@@ -878,7 +887,7 @@ class LeakageConfig(common.LoadConfig):
 def new_faces(count, size):
     """(count, 3, size, size) in [-1, 1]: painted faces that --data drawn does not contain."""
     faces = [np.asarray(common.paint_face(1_000_000 + i, size)[0]) for i in range(count)]
-    return to_signed(torch.from_numpy(np.stack(faces)).permute(0, 3, 1, 2))
+    return to_signed(common.picture_tensor(faces))
 
 
 @torch.no_grad()
@@ -902,10 +911,11 @@ def leakage(vae, x):
 
 def leakage_command(options):
     """Print and show how far a change of one latent position reaches into the picture, in one or two VAEs."""
-    shown = []
+    shown, size = [], None
     for weights in (options.weights, options.against) if options.against else (options.weights,):
         model, config = load_model(weights, common.pick_device(options.device))
-        before, after, change, outside, far = leakage(model.vae, new_faces(options.num, config.image_size))
+        size = size or config.image_size
+        before, after, change, outside, far = leakage(model.vae, new_faces(options.num, size))
         print(f"{config.decoder} decoder: {outside:.1%} of the change is outside the tile, {far:.2%} beyond 8 pixels")
         heat = -(change / change.max()).clamp(min=1e-6).log10() / 6  # black: the greatest; white: a millionth of that
         shown += [before[0] / 2 + 0.5, after[0] / 2 + 0.5, heat.expand(3, -1, -1)]
@@ -915,7 +925,7 @@ def leakage_command(options):
 
 @dataclasses.dataclass
 class SeamsConfig(common.LoadConfig):
-    data: tuple[str, ...] = option(("drawn",), "as in train; of the weights' own data, what training held out")
+    data: tuple[str, ...] = option(("drawn",), "as in train; of the data trained on, only what was held out")
     num: int = option(100, "pictures to inpaint", low=1)
     steps: int = option(50, "steps from noise to picture", low=1)
     resample_steps: int = option(5, "how often each step is made", low=1)
@@ -953,7 +963,7 @@ class ScheduleConfig(common.LoadConfig):
 
 
 def schedule_command(options):
-    """Show a face whose latent has the noise of eight steps, above the curves of signal and noise."""
+    """Show one face decoded from z_t at eight steps t, above the curves of sqrt(abar_t) and sqrt(1 - abar_t)."""
     model, config = load_model(options.weights, common.pick_device(options.device))
     latent = model.vae.normalise(encode(model.vae, new_faces(1, config.image_size)))
     alpha_bars, last = noise_schedule(config.num_timesteps), config.num_timesteps
@@ -961,7 +971,9 @@ def schedule_command(options):
     noise = torch.randn(latent.shape, generator=generator(0)).to(latent)
     noisy = model.vae.normalise(add_noise(latent, noise, alpha_bars[times]), inverse=True)
     parts = {"signal": alpha_bars.sqrt(), "noise": (1 - alpha_bars).sqrt()}
-    curves = {name: list(enumerate(part.tolist()))[1:] for name, part in parts.items()}  # no noise at step 0
+    curves = {
+        name: list(enumerate(part.tolist()))[1:] for name, part in parts.items()
+    }  # without step 0, where the noise is 0: the y axis is logarithmic
     chart = common.chart("Factors of the clean latent and of the noise in z_t, by step t", curves)
     common.save_picture(common.stack_pictures([make_grid(decode(model.vae, noisy), 8), chart]), options.out)
     print(f"{options.out}: a picture at t = {', '.join(map(str, times))}")

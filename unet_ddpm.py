@@ -8,15 +8,15 @@ matching 999 t and DDPM the timestep, and the two run in opposite directions.
     python unet_ddpm.py train                                 flow matching, ten minutes on two CPU cores, painted faces
     python unet_ddpm.py train --objective ddpm --out runs/ddpm              DDPM: the same network, data and noise
     python unet_ddpm.py compare --minutes 10                  flow matching, DDPM and DDPM with v-prediction, measured
-    python unet_ddpm.py train --stage exclude --exclude-tags "red hair" --out runs/base     never sees red hair, ...
-    python unet_ddpm.py train --stage finetune --from runs/base --out runs/fine             ... and learns it afterwards
+    python unet_ddpm.py train --stage exclude --exclude-tags "red hair" --out runs/fine     never sees red hair, ...
+    python unet_ddpm.py train --stage finetune --from runs/fine --out runs/stage2           ... and learns it afterwards
     python unet_ddpm.py train --preset paper --data DIR --vae FLUX.2-VAE    the write-up's 281M parameters
 
 A fresh network returns 0, so the loss starts at the mean square of its target: 1.37 for flow matching on painted faces,
 1 for DDPM, 0.54 for v-prediction. After 250, 500 and 2,000 steps flow matching's loss is near 0.31, 0.22 and 0.17 and
-DDPM's near 0.08, 0.05 and 0.04 (losses of different targets do not compare). 2,000 steps take about eight minutes on
-two cores with AVX512-BF16. Samples are faces in tatters after one minute, faces after three, with clean lines from five
-on.
+DDPM's near 0.08, 0.05 and 0.04 (losses of different targets cannot be compared). 2,000 steps take about eight minutes
+on two cores with AVX512-BF16. Samples are fragments of faces after one minute, faces after three, with clean lines from
+five on.
 
 | in the write-up           | here          | shape        | equation                                               |
 |---------------------------|---------------|--------------|--------------------------------------------------------|
@@ -44,7 +44,6 @@ Shape letters: B pictures, C channels, H W height and width, N = H W positions, 
 
 import collections
 import copy
-import csv
 import dataclasses
 import difflib
 import functools
@@ -88,14 +87,16 @@ class Config(common.TrainConfig):
     # Model
     model_channels: int = option(64, "width at the highest resolution", low=16)
     channel_mult: tuple[int, ...] = option((1, 2), "width at each resolution, as a multiple of --model-channels", low=1)
-    num_res_blocks: int = option(1, "residual blocks at each resolution", low=1)
+    num_res_blocks: int = option(1, "residual blocks at each resolution", low=1, high=1000)
     attention_resolutions: tuple[int, ...] = option((10,), "sides of the maps that have attention", low=1)
     num_head_channels: int = option(64, "width of an attention head", low=1)
     group_channels: int = option(0, "channels per group of GroupNorm at widths below 256; 0: 32 groups always", low=0)
     dropout: float = option(0.0, "dropout within residual blocks", low=0.0, high=0.99)
     checkpointing: bool = option(False, "compute activations twice instead of keeping them: less memory, more time")
-    use_scale_shift_norm: bool = option(True, "the time scales and shifts each block; off: it is added to it")
-    optimizer: str = option("adamw", "auto: torchao's adamw8bit, on a GPU that has it", ("adamw", "adamw8bit", "auto"))
+    use_scale_shift_norm: bool = option(True, "the time embedding scales and shifts the features; off: it is added")
+    optimizer: str = option(
+        "adamw", "auto: adamw8bit on a GPU with torchao, else adamw", ("adamw", "adamw8bit", "auto")
+    )
 
 
 PRESETS = {
@@ -166,13 +167,14 @@ def ddpm_pair(config, x, noise, u):
 
 
 PAIRS = {"flow": flow_pair, "ddpm": ddpm_pair}
+SOLVERS = {"flow": tuple(common.SOLVERS), "ddpm": ("ddim", "ancestral")}
 
 # ----------------------------------------------------------------------------------------------------------------
 # Two samplers. network(x, t) is the model at one timestep for the whole batch.
 
 
 def flow_sample(network, x, steps, solver="euler", callback=None):
-    """Integrate dx/dt = velocity from noise x at t = 0 to data at t = 1. callback(x, t) sees every state."""
+    """Integrate dx/dt = velocity from noise x at t = 0 to data at t = 1. callback(x, t) gets every state."""
     times = [i / steps for i in range(steps + 1)]
     return common.SOLVERS[solver](lambda x, t: network(x, (TIMESTEPS - 1) * t), x, times, callback)
 
@@ -183,15 +185,16 @@ def timesteps(steps):
     return [round(TIMESTEPS * (steps - i) / steps) - 1 for i in range(steps)]
 
 
-def ddpm_sample(config, network, x, steps, noise_fn, solver="ddim", eta=0.0, limit=None, callback=None):
+def ddpm_sample(config, network, x, steps, noise_fn, solver="ddim", eta=0.0, data_max=None, callback=None):
     """From noise x at timestep 999 to data, by ddim steps (Song et al. 2020, eq. 12) or ancestral ones (Ho et al. 2020,
     algorithm 2). noise_fn() -> new noise like x, for ancestral steps and for ddim's where eta > 0. callback(x, part)
-    sees every state, part from 0 (noise) to 1 (data).
+    gets every state, part from 0 (noise) to 1 (data).
 
-    limit: the largest absolute value in the training data, to which the predicted data are clipped. At timestep 999,
-    x = 0.006 data + noise, so an error of the predicted noise becomes one 157 times as large in the data.
+    eta: share of new noise in a ddim step, 0 none, 1 the ancestral step; the ancestral solver ignores it.
+    data_max: predicted data are clipped to [-data_max, data_max], the range of the training data (None: no clipping).
+    With linear betas x_999 = 0.006 data + noise, so that the first predicted data can be far outside this range.
     """
-    table = torch.cat((alpha_bars(config.betas), torch.ones(1)))  # entry -1 is that of the data
+    table = torch.cat((alpha_bars(config.betas), torch.ones(1)))  # table[-1] = 1: clean data
     for t, t_next in itertools.pairwise([*timesteps(steps), -1]):
         if callback:
             callback(x, 1 - (t + 1) / TIMESTEPS)
@@ -199,9 +202,9 @@ def ddpm_sample(config, network, x, steps, noise_fn, solver="ddim", eta=0.0, lim
         eps = network(x, t)
         if config.predict == "v":  # eps = sqrt(alpha_bar) v + sqrt(1 - alpha_bar) x
             eps = alpha_bar.sqrt() * eps + (1 - alpha_bar).sqrt() * x
-        if limit is not None:
-            eps = common.clip_x0(x, eps, alpha_bar, limit)
-        noise = noise_fn() if t_next >= 0 and (solver == "ancestral" or eta) else 0
+        if data_max is not None:
+            eps = common.clip_x0(x, eps, alpha_bar, data_max)
+        noise = noise_fn() if t_next >= 0 and (solver == "ancestral" or eta) else 0  # none in the last step
         if solver == "ancestral":
             x = common.ddpm_step(x, eps, alpha_bar, alpha_bar_next, noise)
         else:
@@ -226,14 +229,14 @@ def sample(
 
     Picture i depends on seed + i only. solver: euler, heun or dpm for flow matching, ddim or ancestral for DDPM
     (default: the first). eta: see ddpm_sample; clip: DDPM's predicted data to the training data's range.
-    callback(x, part) sees the first batch's states. Raises UserError for a solver of the other objective.
+    callback(x, part) gets the first batch's states. Raises UserError for a solver of the other objective.
     """
-    solvers = tuple(common.SOLVERS) if config.objective == "flow" else ("ddim", "ancestral")
+    solvers = SOLVERS[config.objective]
     solver = solver or solvers[0]
     if solver not in solvers:
         raise UserError(f"--solver {solver} is not for {config.objective} weights; use {' or '.join(solvers)}")
     device, (channels, size) = next(model.parameters()).device, model.header["latent"]
-    limit, results = model.header.get("range") if clip else None, []
+    data_max, results = model.header.get("range") if clip else None, []
 
     def network(x, t):
         return model(x, torch.full((len(x),), float(t), device=device))
@@ -242,14 +245,14 @@ def sample(
         seeds = range(first, min(first + batch_size, seed + num))
         x, rngs = common.noise_for(seeds, (channels, size, size), device), [generator(s, 1) for s in seeds]
 
-        def noise_fn(rngs=rngs):
+        def noise_fn(rngs=rngs):  # bound now, because rngs is another list for each batch
             return torch.stack([torch.randn(channels, size, size, generator=rng) for rng in rngs]).to(device)
 
         with autocast(device, common.pick_precision(precision, device)):
             if config.objective == "flow":
                 x = flow_sample(network, x, steps, solver, callback)
             else:
-                x = ddpm_sample(config, network, x, steps, noise_fn, solver, eta, limit, callback)
+                x = ddpm_sample(config, network, x, steps, noise_fn, solver, eta, data_max, callback)
             in_latents = vae is None and model.header["vae"] is not None
             results.append(x if in_latents else to_rgb(config, x, vae))
         callback = None
@@ -263,9 +266,9 @@ def sample(
 def group_norm(width, group_channels=0):
     """GroupNorm with 32 groups, as in guided-diffusion, or below width 256 with groups of at least group_channels.
 
-    At t = 999 a DDPM network sees 1/157 data + noise, so it must predict the mean of each channel of the noise to
-    better than 1 part in 157, or the predicted data have wrong colours. GroupNorm subtracts the mean of a group: with
-    two channels per group, which 32 groups are at width 64, little of each channel's own mean is left.
+    At t = 999 (linear betas) x_t is data / 157 + noise, so an error in the predicted noise is 157 times as large in the
+    predicted data; an error in a channel's mean changes the colours. GroupNorm subtracts the mean of each group. At
+    width 64, 32 groups have two channels each, so that most of a channel's own mean is removed. Wider groups keep it.
     """
     groups = max(1, width // group_channels) if group_channels and width < 256 else 32
     return nn.GroupNorm(groups, width)
@@ -346,7 +349,7 @@ class UNetModel(nn.Module):
     """ADM's U-Net with guided-diffusion's arguments. `UNetModel(in_channels=32, out_channels=32)` is the write-up's
     model of 281M parameters: what the write-up leaves open has the values of ADM's own recipes as its default.
 
-    image_size             side of the training maps; only attention_resolutions depend on it
+    image_size             side of the training maps; used only to find the levels that attention_resolutions names
     attention_resolutions  sides of the maps with attention, as in guided-diffusion's command line and in the write-up
                            (guided-diffusion's class takes image_size divided by them)
     num_head_channels      width of a head; -1: num_heads heads at every width
@@ -376,10 +379,12 @@ class UNetModel(nn.Module):
             return ResBlock(width_in, width, embed, dropout, use_scale_shift_norm, norm, resample)
 
         def attend(width):
-            heads = num_heads if num_head_channels == -1 else width // num_head_channels
-            if not heads or width % heads or (num_head_channels != -1 and width % num_head_channels):
-                raise ValueError(f"width {width} is no multiple of num_head_channels {num_head_channels}")
-            return AttentionBlock(width, heads, norm)
+            name, unit = "num_head_channels", num_head_channels
+            if num_head_channels == -1:
+                name, unit = "num_heads", num_heads
+            if width % unit:
+                raise ValueError(f"width {width} is no multiple of {name} {unit}")
+            return AttentionBlock(width, num_heads if name == "num_heads" else width // unit, norm)
 
         def attention_at(size, width):
             return [attend(width)] if size in attention_resolutions else []
@@ -436,7 +441,9 @@ class UNetModel(nn.Module):
         x = run(self.middle_block, x)
         for block in self.output_blocks:
             x = run(block, torch.cat((x, skips.pop()), dim=1))
-        with torch.autocast(x.device.type, enabled=False):  # at t = 999 bfloat16's 3 digits are too few for the noise
+        # The output layer computes in float32: near pure noise a rounding error of bfloat16 (1 part in 256) in the
+        # predicted noise would become 157 times as large in the data.
+        with torch.autocast(x.device.type, enabled=False):
             return self.out(x.float())
 
 
@@ -457,26 +464,27 @@ def build_model(config, channels, size):
 
 def load_model(path, device="cpu", objective="flow", predict="eps"):
     """(UNetModel in eval mode, Config) of a checkpoint. model.header is the checkpoint's header: "latent", (C, S), is
-    the shape of the model's maps, "range" the largest absolute value in its training data, "vae" the autoencoder's hash
-    or None. A file without a header is taken for the write-up's model_ema.pt, and objective and predict tell what it
-    learned. Raises UserError."""
+    the shape of the model's maps, "range" the largest absolute value in a sample of its training data, "vae" the
+    autoencoder's hash, None for pixels or "" if unknown. A file without a header is taken for the write-up's
+    model_ema.pt, and objective and predict tell what it learned. Raises UserError."""
     weights, header = load_tensors(path)
     if header is None:
         settings = PRESETS["paper"] | dict(objective=objective, predict=predict, vae="")
         if "input_blocks.4.1.qkv.weight" not in weights:
-            # The other model of 281M parameters that fits the write-up's call: guided-diffusion's class takes (16, 8)
-            # for factors by which the map has shrunk, and only the factor 8 occurs, at side 4.
+            # The write-up's call also fits another model of 281M parameters. guided-diffusion's class reads (16, 8) as
+            # factors by which the map has shrunk: only 8 occurs, at side 4. That class also has
+            # use_scale_shift_norm=False by default.
             settings |= dict(attention_resolutions=[4], use_scale_shift_norm=False)
         header = {"system": "unet_ddpm", "latent": [32, 32], "vae": "", "config": settings}
     if header.get("system") != "unet_ddpm":
         raise UserError(f"{path} is no checkpoint of unet_ddpm.py; name another with --weights")
     config, device = common.config_from_header(Config, header, path), common.pick_device(device)
-    config.device = device.type
+    config.device = device.type  # load_source() may encode pictures with it
     with torch.device("meta"):
         model = build_model(config, *header["latent"])
     load_into(model, weights, path)
     model.header = header
-    # On a CPU, GroupNorm in bfloat16 takes half of the time of a sample in channels-last, and little otherwise.
+    # Contiguous on a CPU: in channels-last, GroupNorm in bfloat16 takes half of the time of sampling there.
     memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     return model.to(device, memory_format=memory_format).eval(), config
 
@@ -485,7 +493,6 @@ def load_model(path, device="cpu", objective="flow", predict="eps"):
 # Data: pictures, or a VAE's latents of them
 
 
-@torch.no_grad()
 def encode(config):
     """The subcommand `encode`: pictures to shards of latents in the folder config.out, which is set where it is empty.
     After a kill the same call goes on with the first missing shard. Raises UserError."""
@@ -540,14 +547,15 @@ def names_left_out(config, source):
         base = base_header(config)
         if base["data"] != source.checksum():
             raise UserError(f"{config.start} was trained with other pictures; give the same --data")
-        new = set(base["left_out"])
-        return [name for name in source.names if name not in new]
+        # Fine-tuning trains on exactly what the base left out, so it leaves out everything else.
+        base_left_out = set(base["left_out"])
+        return [name for name in source.names if name not in base_left_out]
     return []
 
 
 class Data:
     """The pictures or latents of one stage: those of `source` whose names are not in left_out. header: what a
-    checkpoint must know of them. Raises UserError."""
+    checkpoint stores about them. Raises UserError."""
 
     def __init__(self, config, source, left_out=()):
         unwanted, self.in_latents = set(left_out), isinstance(source, common.Shards)
@@ -585,7 +593,8 @@ class Data:
 
 
 def resolve(config, device):
-    """config with what the device or the run of --from decides, as the new run records it. Raises UserError."""
+    """A copy of config in which --optimizer auto is resolved and, for finetune, BASE_FIELDS are those of the run of
+    --from. Raises UserError for options that do not fit the stage."""
     if (config.stage == "exclude") != bool(config.exclude_tags) or (config.stage == "finetune") != bool(config.start):
         raise UserError("--exclude-tags goes with --stage exclude, --from with --stage finetune; give both or neither")
     if config.optimizer == "auto":
@@ -628,11 +637,14 @@ def train(config):
         lr = config.lr * common.lr_factor(run.progress, step, config.warmup, config.decay)
         common.set_lr(optimizer, lr)
         for rows in common.micro_batches(config):
+            # The last number of a key tells the random streams apart: 1 time and noise, 2 dropout, 3 mirroring.
             rng = BatchRng(config.batch_size, config.seed, step, 1, rows=rows)
             x = data.batch(step, rows).to(device)  # 1. a batch
             u, noise = rng.rand().to(device), rng.randn(*x.shape[1:]).to(device)  # 2. time and noise
             x_t, target, timestep, t = PAIRS[config.objective](config, x, noise, u)  # 3. the noisy picture
-            torch.manual_seed(generator(config.seed, step, rows.start, 2).initial_seed())  # for dropout
+            torch.manual_seed(
+                generator(config.seed, step, rows.start, 2).initial_seed()
+            )  # the same dropout after --resume
             with autocast(device, precision):
                 prediction = trained(x_t, timestep)  # 4. predict
             loss = (prediction - target).square().mean(dim=(1, 2, 3))  # 5. (B,) the loss of each picture
@@ -761,7 +773,8 @@ class Distances:
             raise UserError(f"{len(order)} pictures are too few for a distance; it needs at least four")
 
         def real(numbers):
-            return to_rgb(data.config, data.read([data.chosen[i] for i in numbers]).to(device), vae)
+            with torch.no_grad(), autocast(device, common.pick_precision(options.precision, device)):  # as in sample()
+                return to_rgb(data.config, data.read([data.chosen[i] for i in numbers]).to(device), vae)
 
         self.real = self.features(real(order[: self.num]))
         self.floor = self(real(order[self.num : 2 * self.num]))
@@ -781,8 +794,6 @@ class Distances:
 # ----------------------------------------------------------------------------------------------------------------
 # Subcommands
 
-SOLVERS = "", *common.SOLVERS, "ddim", "ancestral"
-
 
 @dataclasses.dataclass
 class SolverConfig(common.LoadConfig):
@@ -791,7 +802,9 @@ class SolverConfig(common.LoadConfig):
     vae: str = option("", "autoencoder that the weights were trained with")
     steps: int = option(50, "steps from noise to picture", low=1, high=TIMESTEPS)
     seed: int = option(0, "picture i starts from the noise of seed + i", low=0, high=2**62)
-    solver: str = option("", "the first three for flow matching, the others for DDPM (default: the first)", SOLVERS)
+    solver: str = option(
+        "", "default: euler for flow matching, ddim for DDPM", ("", *SOLVERS["flow"], *SOLVERS["ddpm"])
+    )
     eta: float = option(0.0, "ddim: new noise in its steps, 0 none, 1 as much as ancestral", low=0.0, high=1.0)
     clip: bool = option(True, "DDPM: clip the predicted data to the training data's range")
     precision: str = option("auto", "of matrix products", choices=("auto", "fp32", "bf16", "fp16"))
@@ -816,7 +829,11 @@ class Trained:
 
     def distances(self):
         """The Distances from the pictures that the model was trained on. Raises UserError."""
-        data = Data(self.config, load_source(self.config), self.header.get("left_out", ()))
+        data, own = Data(self.config, load_source(self.config), self.header.get("left_out", ())), self.header["latent"]
+        if data.header["latent"] != own:
+            raise UserError(
+                f"--data gives maps of {data.header['latent']}, the model has {own}; name the training data"
+            )
         return Distances(self.options, data, self.vae, self.device)
 
 
@@ -886,8 +903,8 @@ class CompareConfig(DistanceConfig, Config):
 
 
 def train_three(config):
-    """Train each of OBJECTIVES in its folder within --out; runs of an earlier call go on where they ended. All make as
-    many steps as flow matching, which has the budget. Returns the exit code."""
+    """Train each of OBJECTIVES in its folder within --out; runs of an earlier call go on where they ended. Flow
+    matching trains for the given budget, the other two for as many steps. Returns the exit code."""
     settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(Config)}
     for name, objective in OBJECTIVES.items():
         folder = Path(config.out) / name
@@ -914,8 +931,7 @@ def curve_of_training(run, distances):
 
 def curve_of_loss(run):
     """[(training step, loss)]"""
-    rows = csv.DictReader((run.folder / "log.csv").read_text().splitlines())
-    return [(int(row["step"]), float(row["loss"])) for row in rows if None not in row.values()]
+    return [(int(row["step"]), float(row["loss"])) for row in common.read_log(run.folder)]
 
 
 def load_runs(folders, config):

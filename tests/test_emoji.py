@@ -52,7 +52,7 @@ def test_the_painted_folder_is_read_by_training_and_its_captions_are_true(shapes
     captions = everything.captions
     assert len(captions) == 300
     mirrored = 0
-    for picture, caption in zip(everything.data.pictures / 255, captions):
+    for picture, caption in zip(everything.pictures / 255, captions):
         thing, _, ground = caption.partition(" on ")
         ground = ground.split()[-2] if ground else None
         _, *words = thing.split()

@@ -291,7 +291,7 @@ def test_ddim_equals_diffusers(limit):
     theirs = DDIMScheduler(1000, 1e-4, 2e-2, "linear", steps_offset=0, timestep_spacing="trailing", **clipping)
     theirs.set_timesteps(20)
     start = torch.randn(1, 2, 3, 3)
-    ours, x = serpentine.denoise(some_noise, start, serpentine.noise_schedule(1000), 20, limit=limit), start
+    ours, x = serpentine.denoise(some_noise, start, serpentine.noise_schedule(1000), 20, data_max=limit), start
     for t in theirs.timesteps:
         x = theirs.step(some_noise(x, t.item() + 1), t, x, use_clipped_model_output=limit is not None).prev_sample
     assert (ours - x).abs().max() < 1e-4

@@ -59,7 +59,7 @@ def stream(tmp_path, server, monkeypatch):
 
 def take(data, count):
     """Numbers of the next pictures, each with its own caption."""
-    assert data.fetch(count)
+    assert data.prefetch(count)
     numbers = [number_of(pixels) for pixels, _ in data.ready]
     pixels, captions = data.read(range(count))
     assert pixels.shape == (count, 3, 16, 16) and captions == [f"picture {n}" for n in numbers]
@@ -218,16 +218,23 @@ def test_rows_are_read_in_both_dialects():
     assert parse('{"url": " http://h/1 ", "caption": "a"}') == ("http://h/1", "a", None)
     laion = {"URL": "http://h/2", "TEXT": "b", "AESTHETIC_SCORE": 6.0, "WIDTH": 640, "HEIGHT": 480, "NSFW": None}
     assert parse(laion, 6.0, 480) == ("http://h/2", "b", None)
-    assert parse({"prompt": "c", "picture": b"x"}) == ("", "c", b"x")
+    assert parse({"prompt": "c", "picture": {"bytes": b"x"}}) == ("", "c", b"x")
     for changes, reason in (({"AESTHETIC_SCORE": 5.9}, "low score"), ({"AESTHETIC_SCORE": None}, "low score")):
         with pytest.raises(Refused, match=reason):
             parse(laion | changes, 6.0, 480)
     with pytest.raises(Refused, match="too small"):
         parse(laion, 6.0, 481)
-    broken = ['{"url": "cut sh', "[" * 100_000, '["no", "row"]', {}, laion | {"URL": 7}, laion | {"URL": None}]
-    broken += [laion | {"TEXT": text} for text in ("", None, ["a"], "\ud800")] + [laion | {"WIDTH": "wide"}]
-    for row in broken:
-        with pytest.raises(Refused, match="broken row"):
+    broken = ['{"url": "cut sh', "[" * 100_000, '["no", "row"]', laion | {"URL": 7}]
+    broken += [laion | {"TEXT": text} for text in (["a"], "\ud800")] + [laion | {"WIDTH": "wide"}]
+    reasons = [(row, "broken row") for row in broken] + [
+        (laion | {"TEXT": text}, "empty caption") for text in ("", None)
+    ]
+    reasons += [
+        (laion | {"URL": None}, "no url or picture among url, text"),
+        ({"link": "x", "alt": "y"}, "among link, alt"),
+    ]
+    for row, reason in reasons:
+        with pytest.raises(Refused, match=reason):
             parse(row)
 
 
@@ -259,7 +266,10 @@ def test_broken_shards_are_counted_and_the_rest_is_read(stream, tmp_path):
     data = stream()
     assert sorted(take(data, 14)) == sorted(take(first, 14)) == list(range(14))
     take(data, 1)
-    assert data.counts["broken shard"] in (3, 4, 5, 6) and len(list(dit_t2i.shard_captions(data.names))) == 14
+    assert (
+        data.counts["broken shard"] in (3, 4, 5, 6)
+        and len(list(dit_t2i.shard_captions(data.names, collections.Counter()))) == 14
+    )
 
 
 def test_missing_package_is_named(monkeypatch):
@@ -353,11 +363,11 @@ def test_a_host_is_not_asked_for_more_at_a_time_than_allowed(stream, server, mon
 def test_nothing_but_failures_is_an_error_that_says_why(stream):
     rows = [("404", n) for n in range(10)]
     with pytest.raises(UserError, match=r"two passes over .* gave no picture: 2\d http 404$"):
-        stream(rows).fetch(1)
+        stream(rows).prefetch(1)
     with pytest.raises(UserError, match="private address"):
-        stream(rows, private_hosts=False).fetch(1)
+        stream(rows, private_hosts=False).prefetch(1)
     with pytest.raises(UserError, match="no rows for process 12 of 12"):
-        stream(rows, rank=11, world=12, per_shard=10).fetch(1)
+        stream(rows, rank=11, world=12, per_shard=10).prefetch(1)
     with pytest.raises(UserError, match="no shards at"):
         stream(stream="nowhere/*.jsonl")
 
@@ -380,13 +390,13 @@ def test_training_that_was_killed_goes_on_as_if_it_had_not_been(server, tmp_path
     assert dit_t2i.main([*words, "--out", str(tmp_path / "whole")]) == 0
     steps = itertools.count(1)
 
-    def fetch(self, *more, honest=Stream.fetch):
+    def fetch(self, *more, honest=Stream.prefetch):
         if next(steps) == 9:
             raise Killed
         return honest(self, *more)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Stream, "fetch", fetch)
+        patch.setattr(Stream, "prefetch", fetch)
         dit_t2i.main([*words, "--out", str(tmp_path / "run")])
     assert dit_t2i.main([*words, "--out", str(tmp_path / "run"), "--resume"]) == 0
     assert "resumed at step 5" in capsys.readouterr().out
@@ -405,13 +415,13 @@ def test_ctrl_c_saves_though_nothing_comes(server, tmp_path, monkeypatch):
     rows = [{"url": f"{server.address}/{kind}/{n}", "caption": f"picture {n}"} for n, kind in enumerate(kinds)]
     steps = itertools.count(1)
 
-    def fetch(self, *more, honest=Stream.fetch):
+    def fetch(self, *more, honest=Stream.prefetch):
         if next(steps) == 3:
             threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
         return honest(self, *more)
 
     monkeypatch.setattr(dit_t2i, "TIMEOUT", 30)
-    monkeypatch.setattr(Stream, "fetch", fetch)
+    monkeypatch.setattr(Stream, "prefetch", fetch)
     words = ["train", *TRAIN, "--stream", write_shards(tmp_path / "shards", rows, 60), "--out", str(tmp_path / "run")]
     assert dit_t2i.main([*words, "--steps", "60"]) == 130
     _, header = common.load_tensors(tmp_path / "run" / "state.safetensors")

@@ -13,7 +13,6 @@ import contextlib
 import csv
 import ctypes
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import html
@@ -58,27 +57,20 @@ def sincos_table(positions, dim, period=10_000.0):
 
 
 def timestep_embedding(t, dim):
-    """(B,) timesteps -> (B, dim): cosines, then sines. Always float32: bfloat16 would merge neighbouring timesteps.
-    The caller gives t at the scale that its source uses."""
+    """Timesteps or positions t of any shape -> t.shape + (dim,): cosines, then sines. Always float32: bfloat16 would
+    merge neighbouring timesteps. The caller gives t at the scale that its source uses."""
     return torch.cat(sincos_table(t, dim), dim=-1)
 
 
-def grid_table(by_row, by_column):
-    """A vector for each row (R, d) and for each column (C, d) -> for each token of the grid, row-major: (R * C, 2d)."""
-    return torch.cat((by_row.repeat_interleave(len(by_column), dim=0), by_column.repeat(len(by_row), 1)), dim=-1)
+def sincos_2d(positions, dim):
+    """Fixed embedding of tokens at `positions` (N, 2): (N, dim), first half the row, second half the column."""
+    return timestep_embedding(positions, dim // 2).flatten(1)
 
 
-def sincos_2d(rows, columns, dim):
-    """Fixed position embedding of a grid of tokens: (len(rows) * len(columns), dim), row-major. The first half of a
-    token's vector encodes its row, the second half its column. rows, columns: 1-D tensors of positions."""
-    return grid_table(timestep_embedding(rows, dim // 2), timestep_embedding(columns, dim // 2))
-
-
-def rope_2d(rows, columns, head_dim):
-    """Rotary tables of a grid of tokens: cosines and sines, each (len(rows) * len(columns), head_dim/2), row-major. The
-    first half of the angles follows the row, the second the column (two-dimensional RoFormer, Su et al. 2021, eq. 34).
-    rows, columns: 1-D tensors of positions."""
-    return tuple(map(grid_table, sincos_table(rows, head_dim // 2), sincos_table(columns, head_dim // 2)))
+def rope_2d(positions, head_dim):
+    """Rotary tables of tokens at `positions` (N, 2): cosines and sines, each (N, head_dim/2). The first half of the
+    angles follows the row, the second the column (two-dimensional RoFormer, Su et al. 2021, eq. 34)."""
+    return tuple(table.flatten(1) for table in sincos_table(positions, head_dim // 2))
 
 
 def apply_rope(x, rope):
@@ -103,8 +95,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t):
-        sinusoid = torch.cat(sincos_table(self.scale * t.float(), 256), dim=-1)  # timestep_embedding(scale * t, 256)
-        return self.mlp(sinusoid.to(self.mlp[0].weight.dtype))
+        return self.mlp(timestep_embedding(self.scale * t.float(), 256).to(self.mlp[0].weight.dtype))
 
 
 def modulate(x, shift, scale):
@@ -156,8 +147,9 @@ def flow_euler(velocity, x, times, callback=None):
 
 
 def flow_heun(velocity, x, times, callback=None):
-    """As flow_euler, with Heun's second-order steps. The last step is an Euler step, because at the end of the line the
-    velocity (end - x_t) / (1 - t) of a network that predicts the end is 0 / 0 (Karras et al. 2022, algorithm 1)."""
+    """As flow_euler, with Heun's second-order steps, which take the mean of the velocities at both ends (Karras et al.
+    2022, algorithm 1). The last step is an Euler step: of a network that predicts the data, the velocity is the way to
+    the data divided by the time left, at the end 0 / 0."""
 
     def step(x, t, t_next):
         v = velocity(x, t)
@@ -171,9 +163,10 @@ def flow_heun(velocity, x, times, callback=None):
 def flow_dpm(velocity, x, times, callback=None):
     """As flow_euler, with the second-order multistep solver DPM-Solver++ (Lu et al. 2022, algorithm 2).
 
-    It integrates the predicted data x + (end - t) velocity, which change more slowly than the velocity: the data of the
-    last two steps are extrapolated along the logarithm of the signal-to-noise ratio, at one call of the network per
-    step. The first step is Heun's, because at pure noise that logarithm is minus infinity; the last is Euler's.
+    Instead of the velocity it integrates the predicted data, x + (end - t) velocity, which change less from step to
+    step. The next one is extrapolated from the last two, along the logarithm of the signal-to-noise ratio. The network
+    is called once per step, and twice in the first, a Heun step, since at pure noise that logarithm is minus infinity;
+    the last step is Euler's.
     """
     end, last = times[-1], None
 
@@ -295,26 +288,18 @@ class KLMiddle(nn.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
-class KLResample(nn.Module):
-    """Double the sides of a map ("upsamplers"), or halve them ("downsamplers", which pads right and below only)."""
-
-    def __init__(self, width, kind):
-        super().__init__()
-        self.up = kind == "upsamplers"
-        self.conv = nn.Conv2d(width, width, 3, stride=1 if self.up else 2, padding=1 if self.up else 0)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0) if self.up else F.pad(x, (0, 1, 0, 1)))
-
-
 class KLStage(nn.Sequential):
-    """The resnets of one resolution, then the change to the next: "downsamplers", "upsamplers" or None."""
+    """The resnets of one resolution, then the change to the next: "upsamplers" double the sides of the map,
+    "downsamplers" halve them and pad right and below only; None at the last resolution."""
 
     def __init__(self, width_in, width, depth, change):
-        parts = {"resnets": nn.Sequential(*(KLResnet(width if i else width_in, width) for i in range(depth)))}
+        super().__init__()
+        self.resnets = nn.Sequential(*(KLResnet(width if i else width_in, width) for i in range(depth)))
         if change:
-            parts[change] = nn.Sequential(KLResample(width, change))
-        super().__init__(collections.OrderedDict(parts))
+            up = change == "upsamplers"
+            resize = nn.Upsample(scale_factor=2.0) if up else nn.ZeroPad2d((0, 1, 0, 1))
+            conv = nn.Conv2d(width, width, 3, stride=1 if up else 2, padding=1 if up else 0)
+            self.add_module(change, nn.Sequential(nn.Sequential(collections.OrderedDict(resize=resize, conv=conv))))
 
 
 class KLHalf(nn.Sequential):
@@ -378,14 +363,9 @@ class AutoencoderKL(nn.Module):
         mean, logvar = one_by_one(lambda part: self.quant_conv(self.encoder(part)), x).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
-    def encode(self, x, generator=None):
-        """x (B, 3, H, W) in [-1, 1] -> the latent that a model sees: the posterior's mean or, with a generator, a
-        sample from the posterior."""
-        z, logvar = self.posterior(x)
-        if generator is not None:
-            noise = torch.randn(z.shape, generator=generator, device=generator.device).to(z.device)
-            z = z + (logvar / 2).exp() * noise
-        return self.normalise(z)
+    def encode(self, x):
+        """x (B, 3, H, W) in [-1, 1] -> the latent that a model sees: the posterior's mean, normalised."""
+        return self.normalise(self.posterior(x)[0])
 
     def decode(self, latent):
         """The latent that a model sees -> pictures (B, 3, H, W) in about [-1, 1]."""
@@ -464,7 +444,7 @@ VAE_NAMES = [
     # diffusers until May 2023, and so the file of sd-vae-ft-mse
     (".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0."),
 ]
-# What a folder may hold, the best first: the prefix that the names need, and the file.
+# Files that a VAE's folder may hold, the best choice first. Each entry: prefix to add to the tensors' names -> file.
 VAE_FOLDERS = [
     {"": f"{folder}diffusion_pytorch_model.{kind}"}
     for folder in ("", "vae/") for kind in ("safetensors", "fp16.safetensors", "bin")
@@ -687,9 +667,11 @@ def flag_of(field):
 
 
 def check_config(config):
-    """Raise UserError for a value that its option does not allow."""
+    """Turn lists, as argparse and JSON give them, into tuples. Raise UserError for a value that is not allowed."""
     for field in dataclasses.fields(config):
         value, limits, flag = getattr(config, field.name), field.metadata, flag_of(field)
+        if isinstance(value, list):
+            setattr(config, field.name, value := tuple(value))
         low, high = limits["low"], limits["high"]
         for v in value if isinstance(value, tuple) else (value,):
             if limits["choices"] and v not in limits["choices"]:
@@ -707,20 +689,14 @@ def config_from_header(config_class, header, path):
         values = {name: value for name, value in header["config"].items() if name in known}
         if isinstance(values.get("data"), str):  # one path, in older checkpoints
             values["data"] = [values["data"]]
-        config = config_class(**with_tuples(values))
+        config = config_class(**values)
         check_config(config)
     return config
 
 
-def with_tuples(values):
-    """name -> value with tuples in place of lists, as configs have them and neither JSON nor argparse has."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-
-
 def make_config(config_class, given, presets=None, system=""):
     """The config of a subcommand: its defaults, over them the preset's values, over them the given options. With
-    --resume the settings of the run that goes on stand in the preset's place. Raises UserError."""
-    given = with_tuples(given)
+    --resume the settings stored in the checkpoint are used instead of a preset. Raises UserError."""
     base = dict((presets or {}).get(given.pop("preset", "demo"), {}))
     if given.get("resume") is not None:
         named = Path(given["resume"] or given.get("out") or config_class.out or f"runs/{system}")
@@ -797,8 +773,8 @@ def run_command_line(system, doc, subcommands, argv=None):
         function, config_class, presets, _ = subcommands[subcommand]
         code = function(make_config(config_class, given, presets, system)) or 0
     except (UserError, OSError, MemoryError, RuntimeError) as problem:
-        no_memory = isinstance(problem, MemoryError) or "allocate" in str(problem)  # torch: "Tried to allocate", ...
-        if isinstance(problem, RuntimeError) and not no_memory:
+        no_memory = isinstance(problem, MemoryError)
+        if isinstance(problem, RuntimeError) and not (no_memory := "allocate" in str(problem)):  # "Tried to allocate"
             raise
         if no_memory:
             problem = "out of memory; lower --batch-size or the pictures' size, or raise --grad-accum"
@@ -847,7 +823,7 @@ def pick_precision(name, device):
 
 
 def autocast(device, precision):
-    """Context in which matrix products run in `precision`; weights, norms and losses stay in float32."""
+    """Context in which matrix products run in `precision`; weights and losses, and on a GPU norms, stay in float32."""
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
@@ -855,7 +831,7 @@ def autocast(device, precision):
 
 def generator(*key, device="cpu"):
     """A torch.Generator whose state is a function of `key` (integers) alone. All random numbers of a training step come
-    from generator(seed, step, ...), so that a resumed run sees the same crops, noise and order of pictures."""
+    from the seed and the step, so that a resumed run sees the same crops, noise and order of pictures."""
     state = np.random.SeedSequence(key[0], spawn_key=key[1:]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state))
 
@@ -866,8 +842,8 @@ def noise_for(seeds, shape, device):
 
 
 class BatchRng:
-    """Random numbers for the rows of one batch. All rows are computed and the process keeps its own, so what a picture
-    gets depends on its place in the batch, not on --grad-accum or the number of processes.
+    """Random numbers for a batch. Every process computes the numbers of the whole batch and keeps those of its own
+    rows, so that a picture's numbers do not depend on --grad-accum or on the number of processes.
 
     count: rows of the whole batch; rows: a slice of them; key: as in generator().
     """
@@ -915,7 +891,8 @@ def init_training(config):
     if launched and not dist.is_initialized():
         store = {}
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ["GROUP_WORLD_SIZE"] == "1":
-            # After a restart the store still holds the addresses of the previous attempt; a prefix hides them.
+            # After a restart torchrun's store still holds the addresses of the processes that died. A prefix of its own
+            # for each attempt keeps this one from reading them.
             keys = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
             store = {"store": dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", keys)}
             store |= {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
@@ -1045,15 +1022,7 @@ def update_ema(ema, model, step, longest):
     """ema <- decay * ema + (1 - decay) * model. The decay grows as (1 + step) / (10 + step) up to `longest`, so that
     the random first weights are forgotten in short runs too."""
     decay = min(longest, (1 + step) / (10 + step))
-    averages, weights = list(ema.parameters()), list(model.parameters())
-    if hasattr(weights[0], "full_tensor"):  # sharded
-        averages, weights = list(map(local_part, averages)), list(map(local_part, weights))
-    torch._foreach_lerp_(averages, weights, 1 - decay)
-
-
-def local_part(tensor):
-    """The part of a sharded tensor that lies in this process; an ordinary tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "full_tensor") else tensor
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
 def compile_blocks(config, device, blocks, dynamic=False):
@@ -1191,7 +1160,7 @@ def load_optimizer(model, optimizer, tensors, path):
     for name, tensor in own.items():
         if name not in tensors or tensors[name].shape != tensor.shape:
             raise UserError(f"{path}: no {name} of this model's shape; name the run that it belongs to")
-        local_part(tensor).copy_(local_part(shard_like(tensors[name], tensor)))
+        tensor.copy_(shard_like(tensors[name], tensor))
     set_optimizer_state_dict(model, optimizer, state)
 
 
@@ -1250,18 +1219,14 @@ def open_picture(source, size=None):
             picture = picture.point(lambda value: value / 256).convert("L")
         with contextlib.suppress(Exception):  # a broken EXIF block
             picture = ImageOps.exif_transpose(picture)
-        if picture.has_transparency_data:
-            picture = picture.convert("RGBA")
-        if profile := picture.info.get("icc_profile"):
+        profile = picture.info.get("icc_profile")
+        if picture.mode == "P" or picture.has_transparency_data:
+            shown, picture = picture.convert("RGBA"), Image.new("RGB", picture.size, "white")
+            picture.paste(shown, mask=shown)
+        if profile:
             with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a broken profile
-                picture = picture.convert("RGB") if picture.mode == "P" else picture
                 colours = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
-                mode = "RGBA" if picture.mode == "RGBA" else "RGB"
-                picture = ImageCms.profileToProfile(picture, *colours, outputMode=mode)
-        if picture.mode == "RGBA":
-            white = Image.new("RGB", picture.size, "white")
-            white.paste(picture, mask=picture.getchannel("A"))
-            return white
+                picture = ImageCms.profileToProfile(picture, *colours, outputMode="RGB")
         return picture.convert("RGB")
 
 
@@ -1536,7 +1501,7 @@ def has_shards(data):
 
 class Shards:
     """A folder of shards. The files are mapped into memory and only the rows of a batch are read, so 200,000 latents
-    and texts need 27 GB of disk but little memory. Raises UserError.
+    and texts need 25 GB of disk but little memory. Raises UserError.
 
     tensors: the names that read() returns. names, captions, tags: of each sample; header: what all files have in
     common; skipped: lines about unreadable pictures.
@@ -1550,11 +1515,11 @@ class Shards:
                 header = json.loads(file.metadata()["config"])
                 if header["rows"] and not set(tensors) <= set(file.keys()):
                     raise ValueError("it has other tensors")
-            self.places += [(file, row) for row in range(len(header["rows"]))]
-            rows += header.pop("rows")
-            self.skipped += header.pop("skipped")
-            header.pop("source")
-            headers.append(header)
+                self.places += [(file, row) for row in range(len(header["rows"]))]
+                rows += [(name, caption, tags) for name, caption, tags in header.pop("rows")]
+                self.skipped += header.pop("skipped")
+                header.pop("source")
+                headers.append(header)
         if not rows or any(header != headers[0] for header in headers):
             what = "hold no samples or were made with different settings; encode again"
             raise UserError(f"the shards in {folder} {what}")
@@ -1740,7 +1705,7 @@ class Run:
         self.config, self.system, self.folder = config, system, Path(config.out)
         self.state_path, self.may_change = self.folder / "state.safetensors", MAY_CHANGE | set(may_change)
         self.step, self.images, self.best = 0, 0, math.inf
-        self.now = self.first_seconds = self.seconds_before = 0.0
+        self.now = self.first_seconds = 0.0
         self.header, self.passes, self.window = {}, [], []
         self.done = self.interrupted = self.pictures_due = self.checkpoint_due = False
         if not (config.minutes or config.steps or config.epochs):
@@ -1756,12 +1721,15 @@ class Run:
             raise UserError(f"{self.folder} holds a run; add --resume to go on with it, or name another --out")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.folder / ".lock", "a+")  # noqa: SIM115
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.lock.seek(0)
-            what = f"another run is writing to {self.folder}; name another --out"
-            raise UserError(f"{what} (process {self.lock.read().strip()})") from None
+        with contextlib.suppress(ImportError):  # Windows has no such lock
+            import fcntl
+
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.lock.seek(0)
+                what = f"another run is writing to {self.folder}; name another --out"
+                raise UserError(f"{what} (process {self.lock.read().strip()})") from None
         self.lock.truncate(0)
         print(os.getpid(), file=self.lock, flush=True)
         for path in [*self.folder.glob(".*.part"), *self.folder.glob(".tmp*")]:  # a run killed while it wrote
@@ -1779,8 +1747,8 @@ class Run:
             for path in self.folder.glob("samples/step_*.png"):
                 if int(path.stem[5:]) > self.step:
                     path.unlink()
-            rows = [",".join(LOG_COLUMNS), *(",".join(row.values()) for row in self.log_rows())]
-            save_text(self.folder / "log.csv", "\n".join(rows) + "\n")
+            rows = [LOG_COLUMNS, *(row.values() for row in read_log(self.folder) if int(row["step"]) <= self.step)]
+            save_text(self.folder / "log.csv", "".join(",".join(row) + "\n" for row in rows))
         tell_skipped(skipped, self.folder / "skipped.txt")
         size = sum(p.numel() for p in model.parameters()) / 1e6
         what = f"resumed at step {self.step}" if self.step else "fresh run"
@@ -1790,18 +1758,16 @@ class Run:
     @property
     def progress(self):
         """0 at the start, 1 when a budget is used up. Time counts from the end of the first step, which may include
-        compiling. With a budget of steps no clock enters, so that every run has the same learning rates."""
+        compiling. With a budget of steps alone no clock enters, so that every run has the same learning rates."""
         by_steps, by_time = self.step / self.total_steps if self.total_steps else 0.0, 0.0
         if self.config.minutes:
             by_time = (self.now - self.first_seconds) / max(60 * self.config.minutes - self.first_seconds, 1e-3)
         return min(1.0, max(by_steps, by_time))
 
     def steps(self):
-        """The numbers of the steps that are left. Ctrl-C and SIGTERM set `interrupted`, and the run ends after the
-        current step with a checkpoint."""
-        self.started = time.perf_counter()
-        self.now = self.window_started = self.seconds_before
-        self.marks_passed = sum(self.progress >= mark for mark in MARKS)
+        """The numbers of the steps that are left. Ctrl-C, SIGTERM and SIGHUP set `interrupted`, and the run ends after
+        the current step with a checkpoint."""
+        self.started, self.window_started = time.perf_counter() - self.now, self.now
         self.done = self.progress >= 1
 
         def interrupt(signum, frame):
@@ -1810,13 +1776,14 @@ class Run:
             self.interrupted = True
             os.write(2, b"\nstopping and saving; Ctrl-C once more stops without\n")
 
-        old = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        old = {number: signal.signal(number, interrupt) for number in numbers}
         try:
             while not self.done:
                 yield self.step
         finally:
             print(file=sys.stderr)  # ends the line of write_line()
-            # torchrun passes Ctrl-C on to processes that have already got it: the second one must not end finish().
+            # Under torchrun Ctrl-C arrives twice, the second time from torchrun; that must not end finish().
             ignored = self.interrupted and world() > 1
             for number, handler in old.items():
                 signal.signal(number, signal.SIG_IGN if ignored else handler)
@@ -1839,21 +1806,20 @@ class Run:
             good = f"the last checkpoint is {self.state_path}" if self.state_path.exists() else "nothing was saved"
             what = f"loss {rows[:, 0].mean():g}, gradient {grad_norm:g} at step {self.step + 1}"
             raise UserError(f"{what}; {good}; try a lower --lr or --precision fp32")
+        before = self.progress
         self.step += 1
         self.images += len(rows)
         self.passes = []
         self.window.append((rows, grad_norm))
-        self.now = self.seconds_before + time.perf_counter() - self.started
+        self.now = time.perf_counter() - self.started
         if dist.is_initialized():
             self.now, self.interrupted = all_max(self.now, self.interrupted)
         if self.step == 1:
             self.first_seconds = self.now
-        progress = self.progress
-        self.done = progress >= 1 or bool(self.interrupted)
+        self.done = self.progress >= 1 or bool(self.interrupted)
         if self.step % LOG_EVERY == 0 or self.done:
             self.write_line(lr)
-        marks = sum(progress >= mark for mark in MARKS)
-        self.pictures_due, self.marks_passed = marks > self.marks_passed, marks
+        self.pictures_due = any(before < mark <= self.progress for mark in MARKS)
         self.checkpoint_due = self.pictures_due or self.done or self.step % self.config.checkpoint_every == 0
 
     def write_line(self, lr):
@@ -1897,10 +1863,11 @@ class Run:
             raise UserError(f"{self.state_path} is not a run of {self.system}.py; name another --out")
         with reading(self.state_path, "checkpoint"):
             ours, config = json.loads(json.dumps(self.settings())), dict(header["config"])
+            flags = {field.name: flag_of(field) for field in dataclasses.fields(self.config)}
             for name, value in config.items():
                 own = ours["config"].get(name, value)
                 if name not in self.may_change and own != value:
-                    flag = "--" + name.replace("_", "-")
+                    flag = flags.get(name, name)
                     raise UserError(f"{self.folder} was made with {flag} {value}, not {own}; leave {flag} out")
             for name in self.header:
                 if header.get(name) != ours[name] and not isinstance(ours[name], float):
@@ -1916,7 +1883,7 @@ class Run:
             load_optimizer(model, optimizer, parts["optimizer"], self.state_path)
             scaler.load_state_dict(header["scaler"])
             self.step, self.images, self.best = int(header["step"]), int(header["images"]), float(header["best"])
-            self.seconds_before, self.first_seconds = float(header["seconds"]), float(header["first_seconds"])
+            self.now, self.first_seconds = float(header["seconds"]), float(header["first_seconds"])
             if self.step < 0:
                 raise ValueError(f"step {self.step}")
         return header
@@ -1926,10 +1893,6 @@ class Run:
         save_picture(make_grid(rgb), self.folder / "samples" / f"step_{self.step:06d}.png")
         self.write_page()
 
-    def log_rows(self):
-        """The lines of log.csv up to the current step."""
-        return [row for row in read_log(self.folder) if int(row["step"]) <= self.step]
-
     def write_page(self):
         """index.html: samples, loss curves and configuration in one file without scripts."""
         if rank():
@@ -1938,7 +1901,7 @@ class Run:
         for path in sorted((self.folder / "samples").glob("step_*.png")):
             with Image.open(path) as picture:
                 body += html_picture(picture, f"step {int(path.stem[5:]):,}")
-        curves, rows = {}, self.log_rows()
+        curves, rows = {}, read_log(self.folder)
         for k, column in enumerate(["loss", *(f"loss_bin_{k}" for k in range(NOISE_BINS))]):
             name = f"t {(k - 1) / NOISE_BINS:g} to {k / NOISE_BINS:g}" if k else "all times t"
             curves[name] = [(int(row["images"]), float(row[column])) for row in rows if row[column]]

@@ -150,13 +150,13 @@ def msrope(height, width, text_len, head_dim, device):
     diagonal = torch.arange(text_len, device=device) + max(height // 2, width // 2)
     grid = torch.cartesian_prod(centred(height, device), centred(width, device))
     positions = torch.cat((torch.stack((diagonal, diagonal), dim=1), grid))  # (T + N, 2)
-    return tuple(table.flatten(1) for table in common.sincos_table(positions, head_dim // 2))
+    return common.rope_2d(positions, head_dim)
 
 
 @functools.lru_cache(maxsize=16)
 def grid_embedding(height, width, dim, device):
     """Fixed embedding of the positions of a centred grid, (N, dim)."""
-    return common.sincos_2d(centred(height, device), centred(width, device), dim)
+    return common.sincos_2d(torch.cartesian_prod(centred(height, device), centred(width, device)), dim)
 
 
 def ada_norm(x, shift, scale):
@@ -336,7 +336,7 @@ class DiT(nn.Module):
             condition = condition + self.caption_embed(mean)  # W_t Emb(t) + W_c mean(c)
             if self.words is not None:  # CLIP's states contain the order of words, a table's do not
                 order = torch.arange(text.shape[1], device=text.device)
-                txt = txt + torch.cat(common.sincos_table(order, txt.shape[-1]), dim=-1)
+                txt = txt + common.timestep_embedding(order, txt.shape[-1])
         elif self.words is not None:
             # Not in the post: a table of words starts untrained, and through attention alone its words are learned too
             # slowly for ten minutes. So the sum of the words is added to the time, as pooled text is in Stable

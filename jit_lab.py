@@ -219,7 +219,8 @@ class JiT(nn.Module):
         self.head_dim, self.in_context_start = hidden_size // num_heads, in_context_start
         # Never trained. A parameter, as in the published models, so that the number of parameters is theirs too. Their
         # order is (column sines, column cosines, row sines, row cosines), the reverse of sincos_2d's.
-        quarters = common.sincos_2d(torch.arange(self.grid), torch.arange(self.grid), hidden_size).chunk(4, dim=-1)
+        positions = torch.cartesian_prod(torch.arange(self.grid), torch.arange(self.grid))
+        quarters = common.sincos_2d(positions, hidden_size).chunk(4, dim=-1)
         self.pos_embed = nn.Parameter(torch.cat(quarters[::-1], dim=-1).unsqueeze(0), requires_grad=False)
         self.in_context_posemb = nn.Parameter(torch.empty(1, in_context_len, hidden_size)) if in_context_len else None
         self.t_embedder = common.TimestepEmbedder(hidden_size)
@@ -263,7 +264,7 @@ class JiT(nn.Module):
         # crop lies, although the post's Part 3 hopes so.
         position = self.pos_embed.unflatten(1, (self.grid, self.grid))[:, top_idx:bottom, left_idx:right].flatten(1, 2)
         rows, columns = (torch.arange(*ends, device=x_t.device) for ends in ((top_idx, bottom), (left_idx, right)))
-        rope = common.rope_2d(rows, columns, self.head_dim)
+        rope = common.rope_2d(torch.cartesian_prod(rows, columns), self.head_dim)
 
         t = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).expand(batch)
         label = self.y_embedder["embedding_table"](y)

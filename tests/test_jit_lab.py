@@ -169,7 +169,7 @@ def test_paper_preset_is_the_model_and_the_training_of_the_post():
 
 def test_new_block_is_the_identity_and_a_new_model_outputs_zero(tiny_config):
     model = jit_lab.build_model(tiny_config())
-    x, rope = torch.randn(2, 16, 32), common.rope_2d(torch.arange(4), torch.arange(4), 16)
+    x, rope = torch.randn(2, 16, 32), common.rope_2d(torch.cartesian_prod(torch.arange(4), torch.arange(4)), 16)
     assert torch.equal(model.blocks[0](x, torch.randn(2, 32), rope), x)
     assert (model(torch.randn(2, 3, 16, 16), 0.3, label(2)) == 0).all()
 
@@ -433,6 +433,9 @@ def test_lpips_equals_its_formula_and_the_reference_package(lpips_files):
     assert torch.allclose(ours, naive_lpips(x[:2], x[2:], trunk, heads), rtol=1e-4)
     golden = json.loads((FIXTURES / "lpips.json").read_text())
     assert torch.allclose(ours, torch.tensor(golden["distances"]), rtol=1e-4)
+    save_file({name: head for name, head in heads.items() if "lin3" not in name}, files[1])
+    with pytest.raises(UserError, match=r"heads.safetensors does not fit this model: 3 is missing"):
+        common.Lpips.load(*files)
 
 
 @pytest.mark.parametrize("kind", ["pixels", "lpips"])

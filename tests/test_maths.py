@@ -20,7 +20,7 @@ def test_timestep_embedding_is_cosines_then_sines():
 
 
 def test_position_embedding_encodes_the_row_in_its_first_half_and_the_column_in_its_second():
-    table = common.sincos_2d(torch.arange(3), torch.arange(5), 16).view(3, 5, 16)
+    table = common.sincos_2d(torch.cartesian_prod(torch.arange(3), torch.arange(5)), 16).view(3, 5, 16)
     for row in range(3):
         for column in range(5):
             expected = common.timestep_embedding(torch.tensor([row, column]), 8).flatten()
@@ -30,7 +30,7 @@ def test_position_embedding_encodes_the_row_in_its_first_half_and_the_column_in_
 def test_rope_rotates_each_pair_by_its_row_or_column():
     """Against complex multiplication, one token and one pair at a time."""
     x = torch.randn(1, 6, 8)
-    ours = common.apply_rope(x, common.rope_2d(torch.arange(3, 5), torch.arange(1, 4), 8))
+    ours = common.apply_rope(x, common.rope_2d(torch.cartesian_prod(torch.arange(3, 5), torch.arange(1, 4)), 8))
     for n, position in enumerate((row, column) for row in (3, 4) for column in (1, 2, 3)):
         for pair in range(4):
             angle = position[pair // 2] * 10_000 ** (-(pair % 2) / 2)
@@ -44,7 +44,8 @@ def test_rope_scores_depend_on_relative_position_only(shift):
 
     def scores(q_shift, k_shift):
         q_rope, k_rope = (
-            common.rope_2d(torch.arange(3) + down, torch.arange(4) + right, 16) for down, right in (q_shift, k_shift)
+            common.rope_2d(torch.cartesian_prod(torch.arange(3) + down, torch.arange(4) + right), 16)
+            for down, right in (q_shift, k_shift)
         )
         return common.apply_rope(q, q_rope) @ common.apply_rope(k, k_rope).T
 

@@ -1,7 +1,6 @@
-"""common.py's autoencoders against diffusers, naive forwards and the published layouts; LPIPS against its package."""
+"""common.py's autoencoders against diffusers, naive forwards and the published layouts."""
 
 import json
-import math
 import sys
 import types
 
@@ -165,14 +164,9 @@ def test_sd_latents_are_scaled_and_flux2_latents_normalised_by_patch():
     torch.testing.assert_close(vae.normalise(want, inverse=True), z)
 
 
-def test_encode_takes_the_mean_or_with_a_generator_a_sample():
+def test_encode_takes_the_mean():
     vae, x = small(), torch.rand(1, 3, 32, 32) * 2 - 1
-    mean, logvar = vae.posterior(x)
-    assert torch.equal(vae.encode(x), mean * 0.18215)
-    samples = [vae.encode(x, torch.Generator().manual_seed(seed)) / 0.18215 for seed in (0, 0, *range(1, 60))]
-    assert torch.equal(samples[0], samples[1])
-    standard = (torch.stack(samples[1:]) - mean) / (logvar / 2).exp()
-    assert abs(standard.mean()) < 0.05 and abs(standard.std() - 1) < 0.05
+    assert torch.equal(vae.encode(x), vae.posterior(x)[0] * 0.18215)
 
 
 # ---- TAEF2 ----
@@ -294,29 +288,3 @@ def test_checkpoint_asks_for_the_vae_it_was_trained_with(tmp_path, capsys):
         common.load_matching_vae(paths[0], header | {"latent": [32, 8]})
     with pytest.raises(UserError, match="name its weights with --vae"):
         common.load_matching_vae("", header)
-
-
-# ---- LPIPS ----
-
-
-def test_lpips_equals_the_reference_package(tmp_path):
-    """tests/fixtures/lpips.json: distances that the package lpips 0.1.4 gives for these weights and pictures."""
-    rng = torch.Generator().manual_seed(0)
-    sizes = {0: (64, 3, 11, 11), 3: (192, 64, 5, 5), 6: (384, 192, 3, 3), 8: (256, 384, 3, 3), 10: (256, 256, 3, 3)}
-    trunk = {"classifier.1.weight": torch.zeros(4, 4)}  # a published file has the classifier too
-    for k, size in sizes.items():
-        trunk[f"features.{k}.weight"] = torch.randn(size, generator=rng) / math.sqrt(math.prod(size[1:]))
-        trunk[f"features.{k}.bias"] = torch.randn(size[0], generator=rng) * 0.1
-    heads = {f"lin{k}.model.1.weight": torch.rand(1, s[0], 1, 1, generator=rng) for k, s in enumerate(sizes.values())}
-    torch.save(trunk, tmp_path / "alexnet.pth")
-    save_file(heads, tmp_path / "heads.safetensors")
-    x = torch.rand(4, 3, 80, 80, generator=torch.Generator().manual_seed(1))
-    features = common.Lpips.load(tmp_path / "alexnet.pth", tmp_path / "heads.safetensors")(x)
-    distances = (features[:2] - features[2:]).square().sum(dim=1)
-    golden = json.loads((FIXTURES / "lpips.json").read_text())["distances"]
-    torch.testing.assert_close(distances, torch.tensor(golden), rtol=1e-4, atol=0)
-
-    del heads["lin3.model.1.weight"]
-    save_file(heads, tmp_path / "heads.safetensors")
-    with pytest.raises(UserError, match=r"heads.safetensors does not fit this model: 3 is missing"):
-        common.Lpips.load(tmp_path / "alexnet.pth", tmp_path / "heads.safetensors")

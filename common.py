@@ -95,7 +95,8 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t):
-        return self.mlp(timestep_embedding(self.scale * t.float(), 256).to(self.mlp[0].weight.dtype))
+        sinusoid = torch.cat(sincos_table(self.scale * t.float(), 256), dim=-1)
+        return self.mlp(sinusoid.to(self.mlp[0].weight.dtype))
 
 
 def modulate(x, shift, scale):
@@ -617,6 +618,7 @@ class TrainConfig:
     BUDGETS = (("minutes", "steps", "epochs"),)  # a budget that is given replaces those of the preset in its group
 
     data: tuple[str, ...] = option(("drawn",), "drawn (painted pictures), or folders, .tar or .parquet files")
+    num_samples: int | None = option(None, "take only the first pictures of --data, as many as this", low=1)
     out: str = option("", "run folder (default: runs/ and the file's name)")
     minutes: float | None = option(None, "stop after this many minutes", low=0.01)
     steps: int | None = option(None, "stop after this many optimizer steps", low=1)
@@ -1365,13 +1367,14 @@ def picture_tensor(pictures):
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
 
-def load_pictures(data, size, paint=None, count=10_000):
+def load_pictures(data, size, paint=None, count=10_000, first=None):
     """What --data names -> Pictures. data: paths, or ("drawn",), which is `count` pictures of `paint` [paint_face].
-    Raises UserError if no picture can be read."""
+    first: how many of them are taken [all]. Raises UserError if no picture can be read."""
     if tuple(data) == ("drawn",):
-        return paint_set(paint or paint_face, count, size)
+        return paint_set(paint or paint_face, min(first or count, count), size)
     pictures, words, skipped, fields = [], [], [], set()
-    for row, picture in tqdm(decode_rows(find_rows(data), size, skipped), "reading", unit=" pictures", leave=False):
+    rows = itertools.islice(find_rows(data), first)
+    for row, picture in tqdm(decode_rows(rows, size, skipped), "reading", unit=" pictures", leave=False):
         pictures.append(picture)
         words.append((row.name, row.caption, row.tags))
         fields.update(row.fields)
@@ -1439,6 +1442,7 @@ class EncodeConfig:
     """The options of a subcommand that writes shards."""
 
     data: tuple[str, ...] = option((), "folders of pictures, .tar or .parquet files")
+    num_samples: int | None = option(None, "take only the first pictures of --data, as many as this", low=1)
     out: str = option("", "folder for the shards")
     vae: str = option("", "autoencoder: a file or a folder")
     image_size: int = option(256, "side of the pictures in pixels", low=8)
@@ -1463,7 +1467,8 @@ def write_shards(config, header, encode, extra=None):
     -> name -> tensor of B rows; extra: name -> tensor, in every file. Returns (number of pictures, skipped lines).
     Raises UserError.
     """
-    rows, done, skipped = iter(tqdm(find_rows(config.data), "encoding", unit=" pictures")), 0, []
+    rows = itertools.islice(find_rows(config.data), config.num_samples)
+    rows, done, skipped = iter(tqdm(rows, "encoding", unit=" pictures")), 0, []
     for number in itertools.count():
         part = list(itertools.islice(rows, config.shard_size))
         if not part:
@@ -1698,17 +1703,18 @@ class Run:
     log(), save() if checkpoint_due and save_pictures() if pictures_due; and finish().
 
     header: what the checkpoints' headers hold beside system, step and config. step, images: what is done so far;
-    progress: the part of the budget that is used, 0 to 1. Raises UserError if the folder holds another run.
+    progress: the part of the budget that is used, 0 to 1. endless: a run without a budget, until Ctrl-C. Raises
+    UserError if the folder holds another run.
     """
 
-    def __init__(self, config, system, may_change=()):
+    def __init__(self, config, system, may_change=(), endless=False):
         self.config, self.system, self.folder = config, system, Path(config.out)
         self.state_path, self.may_change = self.folder / "state.safetensors", MAY_CHANGE | set(may_change)
-        self.step, self.images, self.best = 0, 0, math.inf
+        self.step, self.images, self.best, self.endless = 0, 0, math.inf, endless
         self.now = self.first_seconds = 0.0
         self.header, self.passes, self.window = {}, [], []
         self.done = self.interrupted = self.pictures_due = self.checkpoint_due = False
-        if not (config.minutes or config.steps or config.epochs):
+        if not (config.minutes or config.steps or config.epochs) and not endless:
             raise UserError("a run needs an end: give --minutes, --steps or --epochs")
         self.resuming = bool(all_max(self.open_folder() if rank() == 0 else False)[0])
 
@@ -1819,8 +1825,9 @@ class Run:
         self.done = self.progress >= 1 or bool(self.interrupted)
         if self.step % LOG_EVERY == 0 or self.done:
             self.write_line(lr)
-        self.pictures_due = any(before < mark <= self.progress for mark in MARKS)
-        self.checkpoint_due = self.pictures_due or self.done or self.step % self.config.checkpoint_every == 0
+        every = self.step % self.config.checkpoint_every == 0
+        self.pictures_due = any(before < mark <= self.progress for mark in MARKS) or (every and self.endless)
+        self.checkpoint_due = self.pictures_due or self.done or every
 
     def write_line(self, lr):
         """One line of log.csv, and the line on the screen, from the steps since the last line."""
@@ -1873,7 +1880,7 @@ class Run:
                 if header.get(name) != ours[name] and not isinstance(ours[name], float):
                     what = f"began with another {name}; resume with the same, or name another --out"
                     raise UserError(f"{self.folder} {what}")
-            self.header = {name: header[name] for name in self.header}
+            self.header = {name: header.get(name) for name in self.header}
             parts = {part: {} for part in ("model", "ema", "optimizer")}
             for name, tensor in tensors.items():
                 part, _, key = name.partition(".")

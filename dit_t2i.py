@@ -84,6 +84,8 @@ from common import BatchRng, UserError, apply_rope, attention, autocast, flow_po
 class Config(common.TrainConfig):
     """The options of `train`; PRESETS holds what the two presets set."""
 
+    BUDGETS = (("minutes", "steps", "epochs", "stream"),)  # of these, only what is given: a stream alone has no end
+
     # Data
     image_size: int = option(64, "side of the training pictures in pixels (shards have their own)", low=8)
     vae: str = option("", "autoencoder, to train in its latents (default: on pixels); with shards, to show samples")
@@ -91,7 +93,7 @@ class Config(common.TrainConfig):
     flip: float = option(0.0, "probability that a picture is mirrored (its caption stays as it is)", low=0.0, high=1.0)
     start: str = option("", "weights to start from, such as weights/dit_t2i.safetensors", flag="--from")
     # Pictures from the web
-    stream: str = option("", "in place of --data: lists of addresses, e.g. 'shards/*.jsonl' (.parquet, .tar)")
+    stream: str | None = option(None, "in place of --data: lists of addresses, e.g. 'shards/*.jsonl' (.parquet, .tar)")
     threads: int = option(16, "pictures that each process fetches at a time", low=1)
     private_hosts: bool = option(False, "fetch from private networks and from this machine too")
     min_score: float = option(0.0, "smallest aesthetic score of a picture", low=0.0)
@@ -161,7 +163,7 @@ def grid_embedding(height, width, dim, device):
 
 def ada_norm(x, shift, scale):
     """LN(x) (1 + scale) + shift for x (B, N, D), shift and scale (B, D) (re-diffusion 4.3: beta and gamma)."""
-    return common.modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift, scale)
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 class FeedForward(nn.Module):
@@ -749,7 +751,8 @@ class PictureSource(common.Pictures):
     """The pictures of --data in memory."""
 
     def __init__(self, config):
-        super().__init__(**vars(common.load_pictures(config.data, config.image_size, common.paint_scene, 20_000)))
+        painted = common.paint_scene, 20_000
+        super().__init__(**vars(common.load_pictures(config.data, config.image_size, *painted, config.num_samples)))
 
     def read(self, index):
         return self.pictures[index] / 127.5 - 1, [self.captions[i] for i in index]
@@ -1231,7 +1234,12 @@ def train(config):
     if config.optimizer == "auto":
         config = dataclasses.replace(config, optimizer="muon" if precision == "bf16" else "adamw")
     config, start = load_start(config)
-    run = common.Run(config, "dit_t2i", may_change=("vae", "clip", "stream", "threads", "private_hosts", "start"))
+    endless = bool(config.stream) and not (config.minutes or config.steps)
+    if endless:  # until Ctrl-C, at a constant learning rate (re-diffusion 6)
+        warmup = config.warmup if config.warmup >= 1 else 100.0
+        config = dataclasses.replace(config, decay="none", warmup=warmup, time_mean=config.time_mean[-1:])
+    may_change = "vae", "clip", "stream", "threads", "private_hosts", "start"
+    run = common.Run(config, "dit_t2i", may_change, endless)
     known = load_tensors(run.state_path, header_only=True)[1] if run.resuming else start.header if start else None
     data = TrainingData(config, device, precision, known)
     torch.manual_seed(config.seed)

@@ -479,7 +479,7 @@ class Dataset:
 
 def load_data(config, device):
     """(Dataset, checksum): reads or paints the pictures and decides which of them keep their colour."""
-    data = common.load_pictures(config.data, config.image_size)
+    data = common.load_pictures(config.data, config.image_size, first=config.num_samples)
     # Depends on --seed and the number of pictures only, so that a resumed run keeps the same ones.
     order = torch.randperm(len(data), generator=common.generator(config.seed))
     kept = torch.zeros(len(data), dtype=torch.bool)
@@ -677,7 +677,7 @@ def novelty(options):
     if not paths or (paths != ("drawn",) and not all(Path(path).exists() for path in paths)):
         named = " ".join(paths) or "this checkpoint names none"
         raise UserError(f"the training pictures ({named}) are not here; name them with --data")
-    data = common.load_pictures(paths, config.image_size)
+    data = common.load_pictures(paths, config.image_size, first=config.num_samples if paths == config.data else None)
     common.tell_skipped(data.skipped)
     rgb = sample(model, config, options.num, options.steps, options.seed)
     distances, index = nearest(metric, rgb, data.pictures)

@@ -45,6 +45,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
 import common
 from common import BatchRng, Run, UserError, autocast, generator, make_grid, micro_batches, option, zero_init
@@ -68,6 +69,7 @@ class VAEConfig(common.TrainConfig):
     vae_width: int = option(64, "width of the VAE at half the pictures' resolution", low=4)
     encoder_depth: int = option(1, "blocks of the encoder at each resolution", low=1, high=1000)
     decoder: str = option("local", "local: the write-up's; global: Stable Diffusion's", choices=("local", "global"))
+    photos: float = option(0.0, "so many crops of photographs beside each picture, for the VAE alone", low=0.0)
     slope_weight: float = option(0.5, "weight of the error of differences between neighbouring pixels", low=0.0)
     kl_weight: float = option(2.5e-5, "weight of the KL divergence of latents from N(0, 1)", low=0.0)
 
@@ -79,7 +81,7 @@ class Config(VAEConfig):
     BUDGETS = (*VAEConfig.BUDGETS, ("vae_minutes", "vae_steps"))
 
     out: str = option("", "run folder (default: runs/serpentine_vae); the VAE's is the same with -vae added")
-    vae: str = option("", "run folder or checkpoint of a trained VAE (default: train one first)")
+    vae: str = option("", "trained VAE: a run, a checkpoint, or TAEF2, FLUX.2's or SD's (default: train one first)")
     vae_minutes: float | None = option(None, "minutes of training the VAE", low=0.01)
     vae_steps: int | None = option(None, "optimizer steps of training the VAE", low=1)
     vae_batch_size: int = option(8, "pictures per optimizer step of the VAE", low=1)
@@ -430,6 +432,20 @@ def build_vae(config):
     return VAE(config.channels, config.vae_width, config.encoder_depth, config.decoder)
 
 
+class PublishedVAE(nn.Module):
+    """A VAE in a layout that common.load_vae reads, with the methods of VAE. Its weights stay in their own file; a
+    checkpoint holds mean and std alone."""
+
+    def __init__(self, path, device):
+        super().__init__()
+        vae = common.load_vae(path).to(device)
+        self.channels, self.hash, self.encode, self.decode = vae.latent_channels, vae.hash, vae.encode, vae.decode
+        self.register_buffer("mean", torch.zeros(self.channels))
+        self.register_buffer("std", torch.ones(self.channels))
+
+    normalise = VAE.normalise
+
+
 def build_denoiser(config):
     return Denoiser(config.channels, config.width, config.multipliers, config.depth)
 
@@ -442,7 +458,8 @@ def load_model(path="", device="cpu"):
         raise UserError(f"{path} is not a checkpoint of serpentine_vae.py; name another")
     config = common.config_from_header(Config, header, path)
     has_denoiser = any(name.startswith("denoiser.") for name in weights)
-    model = LatentDiffusion(build_vae(config), build_denoiser(config) if has_denoiser else None, header.get("range"))
+    vae = PublishedVAE(config.vae, device) if header.get("published") else build_vae(config)
+    model = LatentDiffusion(vae, build_denoiser(config) if has_denoiser else None, header.get("range"))
     common.load_into(model, weights, path)
     return model.eval().to(device), config
 
@@ -603,6 +620,7 @@ class InpaintConfig(SampleConfig):
     clamp: str = option("noised", "kept positions get the step's noise, or the clean mean", choices=("noised", "mean"))
     resample_steps: int = option(5, "how often each step is made, so that old and new agree; the write-up: 1", low=1)
     composite: bool = option(False, "copy the kept pixels over the result, as the VAE does not return them exactly")
+    as_written: bool = option(False, "the write-up's own way: 1,000 ancestral steps, each once, with the clean mean")
     num: int = option(2, "pictures to make", low=1)
     out: str = option("samples/inpainted.png", "the results; with original and mask in NAME-sheet.png", picture=True)
 
@@ -616,6 +634,9 @@ def inpaint(model, config, x, keep, callback=None, **options):
     UserError where the mask keeps everything or no whole tile.
     """
     options = InpaintConfig(**options)
+    if options.as_written:
+        written = dict(solver="ancestral", steps=config.num_timesteps, resample_steps=1, clamp="mean")
+        options = dataclasses.replace(options, **written)
     positions = keep_positions(keep).to(model.vae.mean.device)
     if positions.all():
         raise UserError("the mask keeps everything; paint black what is to be made anew (or see --invert)")
@@ -641,6 +662,32 @@ def inpaint(model, config, x, keep, callback=None, **options):
 # Data and training: the VAE, then the denoiser of its latents
 
 
+PHOTOGRAPHS = (
+    "chelsea coffee rocket hubble_deep_field retina immunohistochemistry camera coins moon brick grass".split()
+)
+
+
+def photographs(*names):
+    """scikit-image's own photographs (Van der Walt et al. 2014), each as (1, 3, H, W) uint8."""
+    import skimage.data
+
+    pictures = (Image.fromarray(getattr(skimage.data, name)()).convert("RGB") for name in names)
+    return [common.picture_tensor([np.array(picture)]) for picture in pictures]
+
+
+def photo_crops(count, size):
+    """(count, 3, size, size) uint8: random squares of PHOTOGRAPHS, half of them mirrored, of sides from `size` to the
+    whole picture. The photograph `astronaut` is not among them, so that VAEs can be measured on it."""
+    rng, photos, crops = np.random.default_rng(0), photographs(*PHOTOGRAPHS), []
+    for i in range(count):
+        photo = photos[i % len(photos)]
+        side = int(size * (min(photo.shape[2:]) / size) ** rng.random())
+        top, left = (rng.integers(length - side + 1) for length in photo.shape[2:])
+        crop = photo[:, :, top : top + side, left : left + side].float()
+        crops.append(F.interpolate(crop.flip(-1) if i // len(photos) % 2 else crop, (size, size), mode="area"))
+    return torch.cat(crops).round().byte()
+
+
 def to_signed(pictures):
     """uint8 -> [-1, 1]."""
     return pictures / 127.5 - 1
@@ -652,7 +699,7 @@ def load_data(config):
     both stages and all measurements of a data set agree. Raises UserError."""
     if config.image_size % STRIDE:
         raise UserError(f"--image-size {config.image_size} is not a multiple of {STRIDE}; name one")
-    loaded = common.load_pictures(config.data, config.image_size)
+    loaded = common.load_pictures(config.data, config.image_size, first=config.num_samples)
     if len(loaded) < 2:
         raise UserError("one picture is not enough: at least one to train on and one to measure with")
     order, count = torch.randperm(len(loaded), generator=generator(0, 7)), max(1, min(500, len(loaded) // 50))
@@ -684,6 +731,8 @@ def train_vae(config):
     device, precision = common.init_training(config)
     run = Run(config, "serpentine_vae")
     pictures, held_out, loaded = load_data(config)
+    if config.photos:
+        pictures = torch.cat((pictures, photo_crops(round(config.photos * len(pictures)), config.image_size)))
     torch.manual_seed(config.seed)
     model = build_vae(config)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -716,12 +765,12 @@ def train_vae(config):
         common.update_ema(ema, model, step, config.ema)
         run.log(grad_norm, lr)
         if run.checkpoint_due:
-            measure_latents(ema, pictures)
+            measure_latents(ema, pictures)  # of --data, without the photographs that follow
             run.save(*saved)
         if run.pictures_due:
             run.save_pictures(torch.stack(reconstruct(ema, held_out[:8]), dim=1).flatten(0, 1))
     if not run.interrupted:
-        print(f"{len(held_out)} held-out pictures: PSNR {psnr(ema, held_out):.1f} dB")
+        print("{} held-out pictures: PSNR {:.1f} dB, SSIM {:.3f}".format(len(held_out), *psnr_and_ssim(ema, held_out)))
     return run.finish()
 
 
@@ -744,6 +793,18 @@ def vae_stage(config):
     return VAEConfig(**shared | own)
 
 
+def trained_vae(path, device):
+    """(VAE, the options that tell its sizes) of a run or checkpoint of this program, or of a published VAE."""
+    file = Path(path, "model.safetensors") if Path(path, "model.safetensors").exists() else Path(path)
+    own = file.suffix == ".safetensors" and file.is_file() and common.load_tensors(file, header_only=True)[1]
+    if not (own and own.get("system") == "serpentine_vae"):
+        vae = PublishedVAE(path, device)
+        return vae.to(device), {"channels": vae.channels}
+    model, config = load_model(path, device)
+    names = "channels", "vae_width", "encoder_depth", "decoder"
+    return model.vae.requires_grad_(False), {name: getattr(config, name) for name in names}
+
+
 def train(config):
     """Train the VAE, unless --vae names one, then the denoiser. Returns the exit code. Raises UserError."""
     device, precision = common.init_training(config)
@@ -754,13 +815,13 @@ def train(config):
         if code := train_vae(vae_stage(config)):
             return code
         config = dataclasses.replace(config, resume=None)  # the denoiser's run is new
-    loaded_model, vae_config = load_model(config.out if begun else config.vae or f"{config.out}-vae", device)
-    sizes = {name: getattr(vae_config, name) for name in ("channels", "vae_width", "encoder_depth", "decoder")}
+    vae, sizes = trained_vae(config.out if begun else config.vae or f"{config.out}-vae", device)
     config = dataclasses.replace(config, **sizes)
-    vae = loaded_model.vae.requires_grad_(False)
 
     run = Run(config, "serpentine_vae", may_change={"vae", "vae_minutes", "vae_steps"})
     pictures, _, loaded = load_data(config)
+    if isinstance(vae, PublishedVAE) and not begun:
+        measure_latents(vae, pictures)
     latents = encode_all(vae, pictures)
     mirrored = encode_all(vae, pictures.flip(-1)) if config.flip else latents  # not the same as latents.flip(-1)
     alpha_bars = noise_schedule(config.num_timesteps)
@@ -770,6 +831,7 @@ def train(config):
     trained = common.parallelize(config, model, ema, device, blocks)
     optimizer, scaler = common.make_optimizer(config, model, device)
     run.header = {"checksum": loaded.checksum(), "range": torch.max(latents.abs().max(), mirrored.abs().max()).item()}
+    run.header["published"] = getattr(vae, "hash", None)
     whole = LatentDiffusion(vae, ema, run.header["range"])
     about = f"denoiser on the latents of {len(latents):,} pictures, {precision} on {device}"
     run.start(model, whole, optimizer, scaler, about, len(latents), loaded.skipped)
@@ -840,8 +902,8 @@ def inpaint_command(options):
 
 @dataclasses.dataclass
 class ReconstructConfig(common.LoadConfig):
-    image: str = option("", "one picture of any size, instead of --data")
-    data: tuple[str, ...] = option(("drawn",), "as in train; of the data trained on, only what was held out")
+    image: str = option("", "one picture of any size (default: scikit-image's photograph `astronaut`)")
+    data: tuple[str, ...] = option((), "as in train; of the data trained on, only what was held out")
     num: int = option(16, "pictures of --data that are shown; all of them are measured", low=1)
     out: str = option("samples/reconstructed.png", "each original and its reconstruction", picture=True)
 
@@ -860,18 +922,27 @@ def reconstruct(vae, pictures):
     return x / 2 + 0.5, decode(vae, encode(vae, x))[:, :, :height, :width]
 
 
-def psnr(vae, pictures):
-    """Mean PSNR in dB, -10 log10(mean squared error), of the reconstructions of pictures (N, 3, H, W) uint8."""
-    pairs = [reconstruct(vae, part) for part in pictures.split(32)]
-    errors = torch.cat([(original - remade).square().mean(dim=(1, 2, 3)) for original, remade in pairs])
-    return (-10 * errors.log10()).mean().item()
+def psnr_and_ssim(vae, pictures):
+    """Means of PSNR in dB, -10 log10(mean squared error), and of SSIM (Wang et al. 2004) over the reconstructions of
+    pictures (N, 3, H, W) uint8."""
+    from skimage import metrics
+
+    pairs = [pair for part in pictures.split(32) for pair in zip(*map(torch.Tensor.numpy, reconstruct(vae, part)))]
+    psnr = [metrics.peak_signal_noise_ratio(a, b, data_range=1) for a, b in pairs]
+    ssim = [metrics.structural_similarity(a, b, channel_axis=0, data_range=1) for a, b in pairs]
+    return float(np.mean(psnr)), float(np.mean(ssim))
 
 
 def reconstruct_command(options):
     """Print how close reconstructions come to their originals, and show them side by side."""
     model, config = load_model(options.weights, common.pick_device(options.device))
-    pictures = read_image(options.image) if options.image else unseen_pictures(options.data, config)
-    print(f"{len(pictures)} {'given' if options.image else 'unseen'} pictures: PSNR {psnr(model.vae, pictures):.1f} dB")
+    if options.data:
+        pictures = unseen_pictures(options.data, config)
+        what = f"{len(pictures)} unseen pictures"
+    else:
+        pictures = read_image(options.image) if options.image else photographs("astronaut")[0]
+        what = options.image or "scikit-image's astronaut"
+    print("{}: PSNR {:.1f} dB, SSIM {:.3f}".format(what, *psnr_and_ssim(model.vae, pictures)))
     shown = torch.stack(reconstruct(model.vae, pictures[: options.num]), dim=1).flatten(0, 1)
     common.save_picture(make_grid(shown, 2 * math.ceil(len(shown) ** 0.5 / 2)), options.out)
     print(f"original and reconstruction, side by side, in {options.out}")

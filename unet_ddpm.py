@@ -501,7 +501,8 @@ def encode(config):
     device = common.pick_device(config.device)
     precision, vae = common.pick_precision(config.precision, device), common.load_vae(config.vae).to(device)
     name = Path(config.data[0]).resolve().stem
-    config.out = config.out or f"data/latents-{name}-{config.image_size}-{vae.hash[:8]}"
+    part = f"-{config.num_samples}" if config.num_samples else ""
+    config.out = config.out or f"data/latents-{name}{part}-{config.image_size}-{vae.hash[:8]}"
 
     def to_latents(pictures, rows):
         with autocast(device, precision):
@@ -518,9 +519,9 @@ def load_source(config):
     if common.has_shards(config.data):
         return common.Shards(config.data[0], ("latents",))
     if not config.vae:
-        return common.load_pictures(config.data, config.image_size)
-    same = {name: getattr(config, name) for name in ("data", "vae", "image_size", "device", "precision")}
-    options = common.EncodeConfig(**same)
+        return common.load_pictures(config.data, config.image_size, first=config.num_samples)
+    names = "data", "vae", "image_size", "num_samples", "device", "precision"
+    options = common.EncodeConfig(**{name: getattr(config, name) for name in names})
     with common.main_process_first():
         encode(options)
     return common.Shards(options.out, ("latents",))
@@ -810,6 +811,24 @@ class SolverConfig(common.LoadConfig):
     precision: str = option("auto", "of matrix products", choices=("auto", "fp32", "bf16", "fp16"))
     objective: str = option("flow", "what weights without a header learned, such as the write-up's", ("flow", "ddpm"))
     predict: str = option("eps", "what such DDPM weights predict", choices=("eps", "v"))
+    latents: str = option(
+        "normalised", "latents of such weights; raw: before the VAE normalises", ("normalised", "raw")
+    )
+    latent_mean: float = option(0.0, "with --latents raw: what was subtracted from all of them")
+    latent_std: float = option(1.0, "with --latents raw: what they were then divided by", low=1e-6)
+
+
+class RawLatents:
+    """The VAE of a model that learned (raw latent - mean) / std, one mean and one std for all channels, as the
+    write-up's author does in later code; without them raw latents. Raises UserError."""
+
+    def __init__(self, vae, mean, std):
+        if not hasattr(vae, "normalise"):
+            raise UserError("--latents raw needs FLUX.2's or SD's own VAE; TAEF2 has only normalised latents")
+        self.vae, self.mean, self.std = vae, mean, std
+
+    def decode(self, z):
+        return self.vae.decode(self.vae.normalise(self.std * z + self.mean))
 
 
 class Trained:
@@ -822,6 +841,8 @@ class Trained:
         self.device, self.header, self.vae = next(self.model.parameters()).device, self.model.header, None
         if self.header["vae"] is not None:
             self.vae = common.load_matching_vae(self.config.vae, self.header).to(self.device)
+            if getattr(options, "latents", "") == "raw":
+                self.vae = RawLatents(self.vae, options.latent_mean, options.latent_std)
 
     def sample(self, num, steps, **arguments):
         """RGB (num, 3, S, S). arguments: others of the function sample()."""

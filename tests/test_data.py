@@ -141,6 +141,14 @@ def test_odd_pictures_are_read_or_skipped_and_named(tmp_path):
     assert "9000 x 9000 pixels are too many" in pictures.skipped[0]
 
 
+def test_the_first_pictures_alone_can_be_taken(tmp_path, records):
+    write_jsonl(tmp_path / "d", records)
+    whole, part = (common.load_pictures([str(tmp_path / "d")], 8, first=first) for first in (None, 2))
+    assert part.names == whole.names[:2] and torch.equal(part.pictures, whole.pictures[:2])
+    config = common.EncodeConfig(data=(str(tmp_path / "d"),), out=str(tmp_path / "s"), image_size=8, num_samples=2)
+    assert common.write_shards(config, {}, lambda pictures, rows: {"latents": pictures})[0] == 2
+
+
 def test_data_that_is_none_is_one_line(tmp_path, records):
     write_folder(tmp_path / "empty", [])
     (write_folder(tmp_path / "broken", []) / "a.png").touch()

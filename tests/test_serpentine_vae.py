@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import common
 import serpentine_vae as serpentine
@@ -505,6 +505,38 @@ def test_the_denoiser_takes_the_sizes_of_its_vae_and_goes_on_with_the_vae_in_its
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.state_dict().items())
 
 
+def test_the_denoiser_learns_in_the_latents_of_a_published_vae(pictures, tmp_path):
+    torch.manual_seed(0)
+    vae = common.TAEF2()
+    for half in ("encoder", "decoder"):
+        save_file(getattr(vae, half).state_dict(), tmp_path / f"taef2_{half}.safetensors")
+    config = settings(pictures, tmp_path / "run", vae=str(tmp_path))
+    assert serpentine.train(config) == 0
+    model, own = serpentine.load_model(tmp_path / "run")
+    assert model.vae.channels == model.denoiser.conv_in.in_channels == own.channels == 32
+    stored = {name for name in load_file(tmp_path / "run" / "model.safetensors") if name.startswith("vae.")}
+    assert stored == {"vae.mean", "vae.std"}  # its weights stay in their own file
+    latents = serpentine.encode_all(model.vae, serpentine.load_data(config)[0])
+    assert latents.mean().abs() < 0.1 and abs(latents.std() - 1) < 0.1
+    assert serpentine.train(dataclasses.replace(config, vae="", resume="", steps=8)) == 0
+    assert serpentine.sample(model, own, num=1, steps=2).shape == (1, 3, 32, 32)
+
+
+def test_crops_of_photographs_are_the_same_each_time_and_never_of_astronaut():
+    crops = serpentine.photo_crops(22, 32)
+    assert crops.shape == (22, 3, 32, 32) and torch.equal(crops, serpentine.photo_crops(22, 32))
+    assert len({crop.numpy().tobytes() for crop in crops}) == 22 and "astronaut" not in serpentine.PHOTOGRAPHS
+
+
+def test_inpainting_as_the_write_up_does_it_is_one_option():
+    (model, config), keep = small_model(), torch.ones(16, 16)
+    keep[:8] = 0
+    x, config = torch.rand(1, 3, 16, 16) * 2 - 1, dataclasses.replace(config, num_timesteps=12)
+    written = dict(solver="ancestral", steps=12, resample_steps=1, clamp="mean")
+    one, two = (serpentine.inpaint(model, config, x, keep, **o)[0] for o in (dict(as_written=True), written))
+    assert torch.equal(one, two) and not torch.equal(one, serpentine.inpaint(model, config, x, keep, steps=12)[0])
+
+
 def test_held_out_pictures_are_not_trained_on_and_the_same_in_every_stage(pictures):
     config = settings(pictures, "")
     used, held_out, loaded = serpentine.load_data(config)
@@ -524,7 +556,7 @@ def test_training_teaches_the_vae_to_reconstruct(pictures, tmp_path):
     model, config = serpentine.load_model(out)
     held_out = serpentine.unseen_pictures(data, config)
     grey = -10 * (held_out / 255 - 0.5).square().mean().log10()  # of a picture that is all mid-grey
-    assert serpentine.psnr(model.vae, held_out) > grey + 3
+    assert serpentine.psnr_and_ssim(model.vae, held_out)[0] > grey + 3
 
 
 def test_training_teaches_the_denoiser_to_predict_the_noise(trained, pictures, tmp_path):
@@ -690,7 +722,7 @@ def test_leakage_and_schedule_show_what_they_measure(trained, tmp_path, capsys):
 def test_the_shipped_weights_reconstruct_sample_and_inpaint():
     model, config = serpentine.load_model(ROOT / "weights" / "serpentine_vae.safetensors")
     face = torch.from_numpy(np.array(common.paint_face(3, 80)[0])).permute(2, 0, 1)[None]
-    assert serpentine.psnr(model.vae, face) > 20  # it never saw a face of this kind
+    assert serpentine.psnr_and_ssim(model.vae, face)[0] > 20  # it never saw a face of this kind
     rgb = serpentine.sample(model, config, num=2, steps=10)
     assert 0.1 < rgb.std() < 0.5
     assert (rgb[0] - rgb[1]).abs().mean() > 0.05

@@ -408,6 +408,23 @@ def test_training_that_was_killed_goes_on_as_if_it_had_not_been(server, tmp_path
     assert "began with another data" in capsys.readouterr().err
 
 
+def test_a_stream_without_a_budget_goes_on_until_ctrl_c_at_a_constant_learning_rate(server, tmp_path, monkeypatch):
+    rows = [{"url": f"{server.address}/good/{n}", "caption": f"picture {n}"} for n in range(60)]
+    steps = itertools.count(1)
+
+    def fetch(self, *more, honest=Stream.prefetch):
+        if next(steps) == 12:
+            os.kill(os.getpid(), signal.SIGINT)
+        return honest(self, *more)
+
+    monkeypatch.setattr(Stream, "prefetch", fetch)
+    words = ["train", *TRAIN, "--stream", write_shards(tmp_path / "shards", rows, 60), "--out", str(tmp_path / "run")]
+    assert dit_t2i.main([*words, "--warmup", "2"]) == 130
+    assert [float(row["lr"]) for row in common.read_log(tmp_path / "run")] == [0.002]
+    assert {path.name for path in (tmp_path / "run" / "samples").iterdir()} >= {"step_000005.png", "step_000010.png"}
+    assert dit_t2i.main([*words, "--resume", "--steps", "14", "--warmup", "2"]) == 0  # and then it may end
+
+
 def test_ctrl_c_saves_though_nothing_comes(server, tmp_path, monkeypatch):
     """The server answers ten times and then no more, within the third batch of four: the two steps that were made are
     saved, and all rows but theirs are still to come."""
@@ -453,7 +470,7 @@ def test_stream_mistakes_are_told(tmp_path, capsys, monkeypatch):
     (tmp_path / "cat.png").write_bytes(picture(1))
     write_shards(tmp_path / "here", [{"url": "http://a/b", "caption": "a red car"}], 1)
     for words, line in (
-        (["--preset", "paper", "--stream", "here/*.jsonl"], "a stream has no epochs; give --steps or --minutes"),
+        (["--epochs", "3", "--stream", "here/*.jsonl"], "a stream has no epochs; give --steps or --minutes"),
         (["--stream", "none/*.jsonl", "--steps", "1"], "error: no shards at none/*.jsonl"),
         (["--stream", "cat.png", "--steps", "1"], "error: cat.png is no shard; name .jsonl, .parquet or .tar files"),
     ):

@@ -468,6 +468,20 @@ def test_published_checkpoint_loads_in_both_layouts_that_the_write_up_allows(nam
     assert model.header["latent"] == [32, 32] and (config.objective, config.predict) == ("ddpm", "v")
 
 
+def test_raw_latents_are_normalised_before_they_are_decoded():
+    vae = common.AutoencoderKL(8, (32,) * 4, batch_norm=True).eval()
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 4)
+    x, stored = torch.rand(1, 3, 32, 32) * 2 - 1, unet_ddpm.RawLatents(vae, 0.3, 2.5)
+    with torch.no_grad():
+        raw, _ = vae.posterior(x)
+        expected = vae.decode(vae.encode(x))
+        torch.testing.assert_close(stored.decode((raw - 0.3) / 2.5), expected)
+        assert not torch.allclose(unet_ddpm.RawLatents(vae, 0, 1).decode(vae.encode(x)), expected, atol=1e-2)
+    with pytest.raises(UserError, match="TAEF2 has only normalised latents"):
+        unet_ddpm.RawLatents(common.TAEF2(), 0, 1)
+
+
 def test_a_checkpoints_pickle_is_not_run(tmp_path):
     torch.save({"weights": object()}, tmp_path / "evil.pt")
     with pytest.raises(UserError, match="not a readable weight file"):

@@ -1315,7 +1315,8 @@ def load_model(path, device):
             sizes["depth"] = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("layers."))
             header = {"config": PRESETS["paper"] | sizes, "latent": [channels, 32], "text": {"clip": None}, "vae": None}
         config = common.config_from_header(Config, header, path)
-        model = build_model(config, header["latent"], len(header["text"].get("words", ())))
+        with torch.device("meta"):  # without the time to initialise it
+            model = build_model(config, header["latent"], len(header["text"].get("words", ())))
     load_into(model, weights, path)
     model.header = header
     return model.to(device).eval().requires_grad_(False), config

@@ -261,16 +261,17 @@ def serpentine_order(height, width, direction):
 
 @functools.lru_cache(maxsize=64)
 def all_orders(height, width, device):
-    """(orders, inverse), both (N, 8) for N = height * width positions: column k of orders is the k-th path, and column
-    k of inverse is its inverse permutation."""
-    orders = torch.stack([serpentine_order(height, width, direction) for direction in DIRECTIONS], dim=1)
-    return orders.to(device), orders.argsort(dim=0).to(device)
+    """(order, inverse), both (8 N,) for N = height * width positions: order[8 i + k] = 8 p + k, where p is place i of the
+    k-th path; the inverse permutation is that of each path."""
+    orders = torch.stack([serpentine_order(height, width, direction) for direction in DIRECTIONS], dim=1)  # (N, 8)
+    paths = torch.arange(len(DIRECTIONS))
+    return tuple((len(paths) * order + paths).flatten().to(device) for order in (orders, orders.argsort(dim=0)))
 
 
-def reorder(x, orders):
-    """Permute the positions of x (B, N, D): those of the k-th eighth of the channels by column k of orders (N, 8)."""
-    eighths = x.unflatten(2, (len(DIRECTIONS), -1))  # (B, N, 8, D/8)
-    return eighths[:, orders, torch.arange(len(DIRECTIONS), device=x.device)].flatten(2)
+def reorder(x, order):
+    """Permute the positions of x (B, N, D): the k-th eighth of the channels along path k, or back with the inverse."""
+    eighths = x.unflatten(2, (len(DIRECTIONS), -1)).flatten(1, 2)  # (B, 8 N, D/8)
+    return eighths.index_select(1, order).view(x.shape)
 
 
 def scan(a, b):
@@ -299,20 +300,20 @@ def scan(a, b):
 
 
 class Scan(torch.autograd.Function):
-    """scan() along the paths in the columns of orders. Its gradient is written by hand, because autograd would record
+    """scan() along the paths of all_orders(). Its gradient is written by hand, because autograd would record
     every step of the loop: it is a scan in the opposite direction, which needs a and h only."""
 
     @staticmethod
-    def forward(ctx, a, b, orders, inverse):
-        a, b = reorder(a, orders), reorder(b, orders)
+    def forward(ctx, a, b, order, inverse):
+        a, b = reorder(a, order), reorder(b, order)
         h = scan(a, b)
-        ctx.save_for_backward(a, h, orders, inverse)
+        ctx.save_for_backward(a, h, order, inverse)
         return reorder(h, inverse)
 
     @staticmethod
     def backward(ctx, grad):
-        a, h, orders, inverse = ctx.saved_tensors
-        grad = reorder(grad, orders)
+        a, h, order, inverse = ctx.saved_tensors
+        grad = reorder(grad, order)
         # g_t = grad_t + a_(t+1) g_(t+1) is the derivative of the loss by h_t, directly and through all later states.
         g = scan(F.pad(a[:, 1:], (0, 0, 0, 1)).flip(1), grad.flip(1)).flip(1)
         grad_a = g * F.pad(h[:, :-1], (0, 0, 1, 0))  # g_t h_(t-1)

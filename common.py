@@ -1239,11 +1239,12 @@ def read_picture(source, size):
 
 
 def caption_and_tags(record):
-    """(caption, tags) of a metadata record: the first of CAPTION_FIELDS; tags as a list or separated by commas."""
-    caption = next((record[key] for key in CAPTION_FIELDS if isinstance(record.get(key), str)), "")
+    """(caption, tags) of a metadata record: the first of CAPTION_FIELDS that is not empty; tags as a list or separated
+    by commas."""
+    captions = (record[key].strip() for key in CAPTION_FIELDS if isinstance(record.get(key), str))
     tags = record.get("tags") or []
     tags = tags.split(",") if isinstance(tags, str) else tags
-    return caption.strip(), [str(tag).strip() for tag in tags]
+    return next(filter(None, captions), ""), [str(tag).strip() for tag in tags]
 
 
 def folder_records(files, pictures):
@@ -1490,8 +1491,9 @@ def write_shards(config, header, encode, extra=None):
                 with torch.no_grad():
                     batch = encode(picture_tensor(pictures) / 127.5 - 1, some)
                 batches.append({name: t.bfloat16().cpu() for name, t in batch.items()})
-                if not all(t.isfinite().all() for t in batches[-1].values()):
-                    raise UserError(f"{some[0].name}: the latent is not finite; try --precision fp32")
+                for row, *values in zip(some, *batches[-1].values()):
+                    if not all(value.isfinite().all() for value in values):
+                        raise UserError(f"{row.name}: its latent is not finite; try --precision fp32")
             tensors = {name: torch.cat([batch[name] for batch in batches]) for name in (batches[0] if batches else ())}
             found = about | {"rows": [[row.name, row.caption, row.tags] for row, _ in good], "skipped": unread}
             save_tensors(path, tensors | (extra or {}), found)

@@ -261,8 +261,8 @@ def serpentine_order(height, width, direction):
 
 @functools.lru_cache(maxsize=64)
 def all_orders(height, width, device):
-    """(order, inverse), both (8 N,) for N = height * width positions: order[8 i + k] = 8 p + k, where p is place i of the
-    k-th path; the inverse permutation is that of each path."""
+    """(order, inverse), both (8 N,) for N = height * width positions: order[8 i + k] = 8 p + k, where p is place i of
+    the k-th path. inverse is the same of the inverse permutations."""
     orders = torch.stack([serpentine_order(height, width, direction) for direction in DIRECTIONS], dim=1)  # (N, 8)
     paths = torch.arange(len(DIRECTIONS))
     return tuple((len(paths) * order + paths).flatten().to(device) for order in (orders, orders.argsort(dim=0)))

@@ -181,6 +181,10 @@ def test_an_autoencoder_never_overflows_in_fp16():
 def test_latents_and_samples_that_are_not_finite_are_named(folder):
     header = {"source": [], "rows": [["a.png", "", []], ["b.png", "", []]], "skipped": []}
     common.save_tensors("s/shard_00000.safetensors", {"latents": torch.tensor([[1.0], [math.nan]])}, header)
+    paint("d/0.png", "d/1.png")
+    config = common.EncodeConfig(data=("d",), out="t", image_size=8)
+    with pytest.raises(UserError, match=r"1\.png: its latent is not finite"):
+        common.write_shards(config, {}, lambda x, rows: {"latents": x / torch.tensor([1, 0]).view(2, 1, 1, 1) * 0})
     shards = common.Shards("s", ("latents",))
     assert shards.read([0])[0].item() == 1
     with pytest.raises(UserError, match=r"latent of b.png is not finite"):

@@ -1705,18 +1705,19 @@ class Run:
     log(), save() if checkpoint_due and save_pictures() if pictures_due; and finish().
 
     header: what the checkpoints' headers hold beside system, step and config. step, images: what is done so far;
-    progress: the part of the budget that is used, 0 to 1. endless: a run without a budget, until Ctrl-C. Raises
-    UserError if the folder holds another run.
+    progress: the part of the budget that is used, 0 to 1. endless: whether a run may lack a budget and go
+    on until Ctrl-C. Raises UserError if the folder holds another run.
     """
 
     def __init__(self, config, system, may_change=(), endless=False):
         self.config, self.system, self.folder = config, system, Path(config.out)
         self.state_path, self.may_change = self.folder / "state.safetensors", MAY_CHANGE | set(may_change)
-        self.step, self.images, self.best, self.endless = 0, 0, math.inf, endless
+        self.step, self.images, self.best = 0, 0, math.inf
         self.now = self.first_seconds = 0.0
         self.header, self.passes, self.window = {}, [], []
         self.done = self.interrupted = self.pictures_due = self.checkpoint_due = False
-        if not (config.minutes or config.steps or config.epochs) and not endless:
+        self.endless = not (config.minutes or config.steps or config.epochs)
+        if self.endless and not endless:
             raise UserError("a run needs an end: give --minutes, --steps or --epochs")
         self.resuming = bool(all_max(self.open_folder() if rank() == 0 else False)[0])
 

@@ -945,13 +945,19 @@ def parse_row(row, min_score=0.0, min_side=0):
     return url, caption, content
 
 
-def shard_captions(names, refused):
-    """The captions in metadata shards, in their order. refused: a Counter of the reasons why rows have none."""
+def first_captions(names, count):
+    """The first captions in metadata shards, at most `count`. Raises UserError with the reasons if there is none."""
+    captions, reasons = [], {}
     for row in itertools.chain.from_iterable(map(read_metadata, names)):
         try:
-            yield parse_row(row)[1]
+            captions.append(parse_row(row)[1])
         except Refused as problem:
-            refused[str(problem)] += 1
+            reasons[str(problem)] = None
+        if len(captions) == count:
+            break
+    if not captions:
+        raise UserError(f"no row of {names[0]} can be used: {', '.join(reasons) or 'there is none'}"[:300])
+    return captions
 
 
 class Stream:
@@ -981,10 +987,7 @@ class Stream:
         # Rows under way: enough that the threads have work during a step, few enough to fit into memory.
         self.window = 4 * config.threads + 2 * config.batch_size // (config.grad_accum * self.world)
         count = SHOWN if config.clip else VOCABULARY_CAPTIONS
-        refused = collections.Counter()
-        self.captions, self.skipped = list(itertools.islice(shard_captions(self.names, refused), count)), []
-        if not self.captions:
-            raise UserError(f"no row of {config.stream} can be used: {', '.join(refused) or 'there is none'}"[:300])
+        self.captions, self.skipped = first_captions(self.names, count), []
         self.start((0, 0, 0), {})
 
     def start(self, place, counts):
@@ -1185,6 +1188,17 @@ class TrainingData:
         return {"stream": states}
 
 
+def resolve(config, precision):
+    """The config with what `auto` stands for. A stream without a budget goes on until Ctrl-C, at a constant learning
+    rate and the times of the end of a run (re-diffusion 6)."""
+    if config.optimizer == "auto":
+        config = dataclasses.replace(config, optimizer="muon" if precision == "bf16" else "adamw")
+    if config.stream and not (config.minutes or config.steps or config.epochs):
+        warmup = config.warmup if config.warmup >= 1 else 100.0
+        config = dataclasses.replace(config, decay="none", warmup=warmup, time_mean=config.time_mean[-1:])
+    return config
+
+
 def load_start(config):
     """(config, model) for --from: the options of the model are those of its weights. A run that goes on needs none."""
     if not config.start or config.resume is not None:
@@ -1231,15 +1245,9 @@ def preview(config, data, model):
 def train(config):
     """Train, or go on with --resume; the result is a run folder. Raises UserError."""
     device, precision = common.init_training(config)
-    if config.optimizer == "auto":
-        config = dataclasses.replace(config, optimizer="muon" if precision == "bf16" else "adamw")
-    config, start = load_start(config)
-    endless = bool(config.stream) and not (config.minutes or config.steps)
-    if endless:  # until Ctrl-C, at a constant learning rate (re-diffusion 6)
-        warmup = config.warmup if config.warmup >= 1 else 100.0
-        config = dataclasses.replace(config, decay="none", warmup=warmup, time_mean=config.time_mean[-1:])
+    config, start = load_start(resolve(config, precision))
     may_change = "vae", "clip", "stream", "threads", "private_hosts", "start"
-    run = common.Run(config, "dit_t2i", may_change, endless)
+    run = common.Run(config, "dit_t2i", may_change, endless=bool(config.stream))
     known = load_tensors(run.state_path, header_only=True)[1] if run.resuming else start.header if start else None
     data = TrainingData(config, device, precision, known)
     torch.manual_seed(config.seed)

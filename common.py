@@ -1920,14 +1920,14 @@ class Run:
 
     def finish(self):
         """Print where the results are; returns the exit code, 130 after Ctrl-C."""
+        told = f"stopped and saved at step {self.step}; to go on, give the same command with --resume"
+        if not self.interrupted:
+            minutes = self.now / 60
+            told = f"{self.step} steps, {self.images:,} pictures, {minutes:.1f} minutes; open {self.folder}/index.html"
+        print(told, flush=True)  # now, because a process that ends first can break the barrier of the others
         if world() > 1:
             dist.barrier()  # all files are written before any process ends
-        if self.interrupted:
-            print(f"stopped and saved at step {self.step}; to go on, give the same command with --resume")
-            return 130
-        minutes = self.now / 60
-        print(f"{self.step} steps, {self.images:,} pictures, {minutes:.1f} minutes; open {self.folder}/index.html")
-        return 0
+        return 130 if self.interrupted else 0
 
 
 @dataclasses.dataclass

@@ -1821,11 +1821,14 @@ class Run:
         self.passes = []
         self.window.append((rows, grad_norm))
         self.now = time.perf_counter() - self.started
+        stop = self.interrupted
         if dist.is_initialized():
-            self.now, self.interrupted = all_max(self.now, self.interrupted)
+            self.now, stop = all_max(self.now, stop)
+        if stop:  # (not assigned otherwise: a signal may have come in between)
+            self.interrupted = True
         if self.step == 1:
             self.first_seconds = self.now
-        self.done = self.progress >= 1 or bool(self.interrupted)
+        self.done = self.progress >= 1 or bool(stop)
         if self.step % LOG_EVERY == 0 or self.done:
             self.write_line(lr)
         every = self.step % self.config.checkpoint_every == 0

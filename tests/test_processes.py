@@ -146,14 +146,14 @@ def test_after_a_killed_process_torchrun_goes_on_and_ctrl_c_saves_in_all_process
         killed_at = step_of(out)
         wait_for_step(killed_at + 10)
         os.killpg(job.pid, signal.SIGINT)  # as a terminal does; torchrun hands it on
-        told, _ = job.communicate(timeout=60)
+        told, errors = job.communicate(timeout=60)
     finally:
         for pid in [*children(job.pid), job.pid] if job.poll() is None else []:
             os.killpg(pid, signal.SIGKILL)
     resumed = int(told.split("resumed at step ")[1].split()[0])
     assert "fresh run" in told and resumed % 5 == 0 and resumed >= 10
     step = step_of(out)
-    assert f"stopped and saved at step {step}; to go on" in told and step > resumed
+    assert f"stopped and saved at step {step}; to go on" in told and step > resumed, errors
     assert toy.main(f"train --resume {out} --steps {step + 10} --device cpu".split()) == 0
     steps = [int(row["step"]) for row in log_of(out)]
     assert steps == sorted(set(steps)) and steps[-1] == step + 10

@@ -559,11 +559,9 @@ class ClipTokenizer:
         names, path = ("merges.txt", "merges.txt.gz", "tokenizer.json"), Path(path)
         folder = path if path.is_dir() else path.parent
         folders = folder, folder / "tokenizer", folder.parent / "tokenizer"  # the last two: of a whole pipeline
-        places = (
-            [path]
-            if path.name in names or path.suffix in (".txt", ".gz")
-            else [f / name for f in folders for name in names]
-        )
+        places = [f / name for f in folders for name in names]
+        if path.name in names or path.suffix in (".txt", ".gz"):
+            places = [path]
         file = next((place for place in places if place.is_file()), None)
         if file is None:
             raise UserError(f"no tokenizer in {path}: put merges.txt or tokenizer.json of {CLIP_SOURCE} there")
@@ -714,11 +712,8 @@ class Clip:
             raise UserError(f"these weights read captions through CLIP; name the folder of {CLIP_SOURCE} with --clip")
         self.tokenizer, self.model = ClipTokenizer(path), ClipTextEncoder.load(path).to(device)
         self.device, self.hash = device, self.model.hash
-        tables = self.model.embeddings
-        if (
-            len(tables["token_embedding"].weight) <= self.tokenizer.end
-            or len(tables["position_embedding"].weight) < CLIP_LENGTH
-        ):
+        tokens, positions = (len(table.weight) for table in self.model.embeddings.values())
+        if tokens <= self.tokenizer.end or positions < CLIP_LENGTH:
             raise UserError(f"{path} is a CLIP of other tokens or fewer positions; name {CLIP_SOURCE}")
 
     @torch.no_grad()
@@ -727,9 +722,9 @@ class Clip:
 
     def warnings(self, caption):
         cut = len(self.tokenizer.encode(caption)) + 2 - CLIP_LENGTH
-        return (
-            [f"CLIP reads {CLIP_LENGTH} tokens; the last {cut} of {caption[:40]!r}... are left out"] if cut > 0 else []
-        )
+        if cut <= 0:
+            return []
+        return [f"CLIP reads {CLIP_LENGTH} tokens; the last {cut} of {caption[:40]!r}... are left out"]
 
 
 def load_text_encoder(model, clip, device="cpu"):
@@ -906,7 +901,8 @@ def read_metadata(path):
                 yield from batch.to_pylist()
         elif path.endswith(".tar"):  # webdataset: the pictures are inside
             for row in common.tar_rows(Path(path)):
-                yield dict.fromkeys(row.fields) | {"caption": row.caption, "picture": {"bytes": row.picture}}
+                words = {"caption": row.caption} if row.caption else dict.fromkeys(row.fields)
+                yield words | {"picture": {"bytes": row.picture}}
         else:
             with open(path, encoding="utf-8-sig", errors="replace") as file:
                 yield from file

@@ -766,7 +766,7 @@ def train_vae(config):
         common.update_ema(ema, model, step, config.ema)
         run.log(grad_norm, lr)
         if run.checkpoint_due:
-            measure_latents(ema, pictures)  # of --data, without the photographs that follow
+            measure_latents(ema, pictures)
             run.save(*saved)
         if run.pictures_due:
             run.save_pictures(torch.stack(reconstruct(ema, held_out[:8]), dim=1).flatten(0, 1))

@@ -843,7 +843,7 @@ class Trained:
         self.device, self.header, self.vae = next(self.model.parameters()).device, self.model.header, None
         if self.header["vae"] is not None:
             self.vae = common.load_matching_vae(self.config.vae, self.header).to(self.device)
-            if getattr(options, "latents", "") == "raw":
+            if isinstance(options, SolverConfig) and options.latents == "raw":
                 self.vae = RawLatents(self.vae, options.latent_mean, options.latent_std)
 
     def sample(self, num, steps, **arguments):

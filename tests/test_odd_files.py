@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tarfile
 import time
 import unicodedata
 
@@ -117,6 +118,12 @@ def test_fields_that_are_missing_are_named_beside_those_there_are(folder):
         UserError, match=r"no row of rows.jsonl can be used: no text, caption or prompt among link, alt"
     ):
         dit_t2i.Stream(dit_t2i.Config(stream="rows.jsonl", steps=1))
+    with tarfile.open("a.tar", "w") as file:
+        (folder / "0.json").write_text('{"alt": "a red square"}')
+        file.add("0.png")
+        file.add("0.json")
+    with pytest.raises(UserError, match="no text, caption or prompt among alt, picture"):
+        dit_t2i.Stream(dit_t2i.Config(stream="*.tar", steps=1))
 
 
 def test_pictures_within_a_parquet_file_can_be_streamed(folder):

@@ -14,11 +14,9 @@ matching 999 t and DDPM the timestep, and the two run in opposite directions.
 
 A fresh network returns 0, so the loss starts at the mean square of its target: 1.37 for flow matching on painted faces,
 1 for DDPM, 0.54 for v-prediction. After 250, 500 and 2,000 steps flow matching's loss is near 0.31, 0.22 and 0.15 and
-DDPM's near 0.08, 0.05 and 0.03 (losses of different targets cannot be compared). In eight bins of the time from 0 to 1
-it is then 0.15, 0.11, 0.09, 0.09, 0.09, 0.11, 0.15, 0.42 for flow matching and 0.18, 0.04, 0.02, 0.01, 0.005, 0.003,
-0.002, 0.001 for DDPM, whose time runs the other way: in both, nearly clean pictures are the hardest. 2,000 steps take
-eight to twelve minutes on two cores with AVX512-BF16. Samples are fragments of faces after a tenth of them, faces after
-a third, with clean lines from half on.
+DDPM's near 0.08, 0.05 and 0.03 (losses of different targets cannot be compared); in both, that of nearly clean pictures
+is the largest. 2,000 steps take eight to twelve minutes on two cores with AVX512-BF16. Samples are fragments of faces
+after a tenth of them, faces after a third, with clean lines from half on.
 
 | in the write-up           | here          | shape        | equation                                               |
 |---------------------------|---------------|--------------|--------------------------------------------------------|
@@ -35,11 +33,10 @@ a third, with clean lines from half on.
 | part of the write-up               | where                                                                |
 |------------------------------------|----------------------------------------------------------------------|
 | Flow Matching; DDPM                | flow_pair, flow_sample; ddpm_pair, ddpm_sample                       |
-| Model: 281M-parameter U-Net, AdamW | UNetModel; PRESETS["paper"]                                          |
+| 281M-parameter U-Net, AdamW; Usage | UNetModel, PRESETS["paper"]; load_model                              |
 | Latent space: FLUX.2's VAE         | encode, Data; common.AutoencoderKL                                   |
 | standard, fine, stage2             | train --stage standard, exclude, finetune; names_left_out            |
 | Key findings: FID and adaptation   | Distances, evaluate; compare                                         |
-| Usage                              | load_model                                                           |
 
 Shape letters: B pictures, C channels, H W height and width, N = H W positions, D width, h heads.
 """
@@ -96,33 +93,17 @@ class Config(common.TrainConfig):
     dropout: float = option(0.0, "dropout within residual blocks", low=0.0, high=0.99)
     checkpointing: bool = option(False, "compute activations twice instead of keeping them: less memory, more time")
     use_scale_shift_norm: bool = option(True, "the time embedding scales and shifts the features; off: it is added")
-    optimizer: str = option(
-        "adamw", "auto: adamw8bit on a GPU with torchao, else adamw", ("adamw", "adamw8bit", "auto")
-    )
+    optimizer: str = option("adamw", "auto: adamw8bit on a GPU with torchao", ("adamw", "adamw8bit", "auto"))
 
 
-PRESETS = {
-    "demo": dict(minutes=10.0, lr=2e-3, group_channels=64),
-    # The write-up names the model, the latents, AdamW at 2e-4 with 5 % of warm-up, and bfloat16. Batch, length (100
-    # passes over 48,000 pictures), beta2 and weight decay are those of its author's later code. Its warm-up and EMA
-    # (0.999) are the defaults here. The constant learning rate is a choice made here.
-    "paper": dict(
-        vae="weights/flux2-vae.safetensors",
-        image_size=256,
-        steps=75_000,
-        batch_size=64,
-        lr=2e-4,
-        decay="none",
-        beta2=0.98,
-        weight_decay=0.01,
-        model_channels=256,
-        channel_mult=(1, 1, 2, 4),
-        num_res_blocks=2,
-        attention_resolutions=(16, 8),
-        optimizer="auto",
-        checkpoint_every=1000,
-    ),
-}
+DEMO = dict(minutes=10.0, lr=2e-3, group_channels=64)
+# The write-up names the model, the latents, AdamW at 2e-4 with 5 % of warm-up, and bfloat16. Batch, length (100 passes
+# over 48,000 pictures), beta2, weight decay and EMA (0.999) are those of its author's later code. The constant learning
+# rate is a choice made here.
+PAPER = dict(steps=75_000, image_size=256, batch_size=64, lr=2e-4, decay="none", beta2=0.98, weight_decay=0.01)
+PAPER |= dict(model_channels=256, channel_mult=(1, 1, 2, 4), num_res_blocks=2, attention_resolutions=(16, 8))
+PAPER |= dict(vae="weights/flux2-vae.safetensors", optimizer="auto", checkpoint_every=1000)
+PRESETS = {"demo": DEMO, "paper": PAPER}
 # What a fine-tuned network takes over from the run it starts from.
 MODEL_FIELDS = ["model_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "num_head_channels"]
 MODEL_FIELDS += ["group_channels", "use_scale_shift_norm"]
@@ -352,8 +333,8 @@ class UNetModel(nn.Module):
     model of 281M parameters: what the write-up leaves open has the values of ADM's own recipes as its default.
 
     image_size             side of the training maps; used only to find the levels that attention_resolutions names
-    attention_resolutions  sides of the maps with attention, as in guided-diffusion's command line and in the write-up
-                           (guided-diffusion's class takes image_size divided by them)
+    attention_resolutions  sides of the maps with attention, as in the write-up (guided-diffusion's class takes
+                           image_size divided by them)
     num_head_channels      width of a head; -1: num_heads heads at every width
     group_channels         not guided-diffusion's: see group_norm
 
@@ -496,8 +477,8 @@ def load_model(path, device="cpu", objective="flow", predict="eps"):
 
 
 def encode(config):
-    """The subcommand `encode`: pictures to shards of latents in the folder config.out, which is set where it is empty.
-    After a kill the same call goes on with the first missing shard. Raises UserError."""
+    """Pictures to shards of latents in the folder config.out, which is set where it is empty. Shards that are there are
+    kept. Raises UserError."""
     if not (config.data and config.vae):
         raise UserError("encode needs --data and --vae")
     device = common.pick_device(config.device)
@@ -557,8 +538,8 @@ def names_left_out(config, source):
 
 
 class Data:
-    """The pictures or latents of one stage: those of `source` whose names are not in left_out. header: what a
-    checkpoint stores about them. Raises UserError."""
+    """The pictures or latents of `source` whose names are not in left_out. header: what a checkpoint stores about them.
+    Raises UserError."""
 
     def __init__(self, config, source, left_out=()):
         unwanted, self.in_latents = set(left_out), isinstance(source, common.Shards)
@@ -570,8 +551,7 @@ class Data:
             raise UserError(f"--fold {config.fold} does not divide --image-size {config.image_size}")
         some = self.read(self.chosen[:: max(1, len(self.chosen) // 256)])
         self.header = {"vae": source.header["vae"] if self.in_latents else None, "data": source.checksum()}
-        self.header |= {"latent": [some.shape[1], some.shape[2]], "range": some.abs().max().item()}
-        self.header["left_out"] = sorted(left_out)
+        self.header |= {"latent": list(some.shape[1:3]), "range": some.abs().max().item(), "left_out": sorted(left_out)}
 
     def __len__(self):
         return len(self.chosen)
@@ -586,9 +566,8 @@ class Data:
 
     def batch(self, step, rows):
         """The rows of the batch of optimizer step `step`, a function of the seed and the step alone."""
-        config = self.config
-        index = [self.chosen[i] for i in common.batch_index(config, len(self), step)[rows]]
-        return self.read(index, BatchRng(config.batch_size, config.seed, step, 3, rows=rows))
+        index = [self.chosen[i] for i in common.batch_index(self.config, len(self), step)[rows]]
+        return self.read(index, BatchRng(self.config.batch_size, self.config.seed, step, 3, rows=rows))
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -616,7 +595,7 @@ def save_mark(run, ema):
 
 
 def train(config):
-    """The subcommand `train`: a run folder from nothing, or on with --resume. Raises UserError."""
+    """Train, or go on with --resume; the result is a run folder. Raises UserError."""
     device, precision = common.init_training(config)
     config = resolve(config, device)
     run = common.Run(config, "unet_ddpm")
@@ -645,9 +624,8 @@ def train(config):
             x = data.batch(step, rows).to(device)  # 1. a batch
             u, noise = rng.rand().to(device), rng.randn(*x.shape[1:]).to(device)  # 2. time and noise
             x_t, target, timestep, t = PAIRS[config.objective](config, x, noise, u)  # 3. the noisy picture
-            torch.manual_seed(
-                generator(config.seed, step, rows.start, 2).initial_seed()
-            )  # the same dropout after --resume
+            # The same dropout after --resume
+            torch.manual_seed(generator(config.seed, step, rows.start, 2).initial_seed())
             with autocast(device, precision):
                 prediction = trained(x_t, timestep)  # 4. predict
             loss = (prediction - target).square().mean(dim=(1, 2, 3))  # 5. (B,) the loss of each picture
@@ -728,7 +706,7 @@ def frechet(a, b):
 
 
 def load_features(options):
-    """The networks that options names, "frechet_alexnet" or "frechet_inception" -> function of RGB (n, 3, S, S) in
+    """The networks that options names: "frechet_alexnet" or "frechet_inception" -> function of RGB (n, 3, S, S) in
     [0, 1] that returns features (n, d). Raises UserError."""
     networks = {}
     if options.alexnet:
@@ -761,11 +739,10 @@ TITLES = {  # of the distances, which have these names in compare.csv
 
 class Distances:
     """distances(rgb (n, 3, S, S) in [0, 1]) -> {name in TITLES: distance from n training pictures}. floor: the same of
-    n other training pictures.
+    n other training pictures. Raises UserError for too few pictures.
 
-    Fréchet distances are measured where options name the networks' files. With fewer pictures than features their
-    covariance is singular, which the formula allows; compare such numbers only at equal n. With a VAE, the training
-    pictures too have been decoded from latents. Raises UserError for too few pictures.
+    Fréchet distances need the networks' files. With fewer pictures than features their covariance is singular, which
+    the formula allows; compare such numbers only at equal n. With a VAE, the training pictures are decoded latents.
     """
 
     def __init__(self, options, data, vae, device):
@@ -805,24 +782,20 @@ class SolverConfig(common.LoadConfig):
     vae: str = option("", "autoencoder that the weights were trained with")
     steps: int = option(50, "steps from noise to picture", low=1, high=TIMESTEPS)
     seed: int = option(0, "picture i starts from the noise of seed + i", low=0, high=2**62)
-    solver: str = option(
-        "", "default: euler for flow matching, ddim for DDPM", ("", *SOLVERS["flow"], *SOLVERS["ddpm"])
-    )
+    solver: str = option("", "default: euler or, for DDPM, ddim", ("", *SOLVERS["flow"], *SOLVERS["ddpm"]))
     eta: float = option(0.0, "ddim: new noise in its steps, 0 none, 1 as much as ancestral", low=0.0, high=1.0)
     clip: bool = option(True, "DDPM: clip the predicted data to the training data's range")
     precision: str = option("auto", "of matrix products", choices=("auto", "fp32", "bf16", "fp16"))
     objective: str = option("flow", "what weights without a header learned, such as the write-up's", ("flow", "ddpm"))
     predict: str = option("eps", "what such DDPM weights predict", choices=("eps", "v"))
-    latents: str = option(
-        "normalised", "latents of such weights; raw: before the VAE normalises", ("normalised", "raw")
-    )
+    latents: str = option("normalised", "of such weights; raw: not normalised", ("normalised", "raw"))
     latent_mean: float = option(0.0, "with --latents raw: what was subtracted from all of them")
     latent_std: float = option(1.0, "with --latents raw: what they were then divided by", low=1e-6)
 
 
 class RawLatents:
-    """The VAE of a model that learned (raw latent - mean) / std, one mean and one std for all channels, as the
-    write-up's author does in later code; without them raw latents. Raises UserError."""
+    """The VAE of a model that learned (raw latent - mean) / std, one mean and std for all channels, as the write-up's
+    author does in later code. Raises UserError."""
 
     def __init__(self, vae, mean, std):
         if not hasattr(vae, "normalise"):
@@ -854,9 +827,7 @@ class Trained:
         """The Distances from the pictures that the model was trained on. Raises UserError."""
         data, own = Data(self.config, load_source(self.config), self.header.get("left_out", ())), self.header["latent"]
         if data.header["latent"] != own:
-            raise UserError(
-                f"--data gives maps of {data.header['latent']}, the model has {own}; name the training data"
-            )
+            raise UserError(f"--data gives maps of {data.header['latent']}, not {own}; name the training data")
         return Distances(self.options, data, self.vae, self.device)
 
 
@@ -866,7 +837,7 @@ class SampleConfig(SolverConfig, common.SampleConfig):
 
 
 def sample_command(config):
-    """The subcommand `sample`: a grid, and with --each and --gif single pictures and the way from noise."""
+    """A grid of samples, and with --each and --gif single pictures and the way from noise."""
     run = Trained(common.find_weights(config.weights, "unet_ddpm"), config)
     frames, callback = common.record_frames(lambda x: common.make_grid(to_rgb(run.config, x[:16], run.vae)), config.gif)
     start = dict(seed=config.seed, batch_size=config.batch_size, callback=callback)
@@ -892,7 +863,7 @@ class EvaluateConfig(DistanceConfig, SolverConfig):
 
 
 def evaluate(config):
-    """The subcommand `evaluate`: how far samples are from the pictures that were trained on."""
+    """How far samples are from the pictures that were trained on."""
     run = Trained(common.find_weights(config.weights, "unet_ddpm"), config)
     run.config.data = config.data or run.config.data
     distances = run.distances()
@@ -906,11 +877,7 @@ def evaluate(config):
 # ----------------------------------------------------------------------------------------------------------------
 # Comparison: three objectives side by side
 
-OBJECTIVES = {
-    "flow": dict(objective="flow", predict="eps"),
-    "ddpm": dict(objective="ddpm", predict="eps"),
-    "ddpm-v": dict(objective="ddpm", predict="v"),
-}
+OBJECTIVES = {"flow": ("flow", "eps"), "ddpm": ("ddpm", "eps"), "ddpm-v": ("ddpm", "v")}
 SAMPLING_STEPS = 5, 10, 20, 50  # each distance is measured at these,
 MARK_STEPS = 20  # and the curves by training steps at this
 
@@ -926,16 +893,16 @@ class CompareConfig(DistanceConfig, Config):
 
 
 def train_three(config):
-    """Train each of OBJECTIVES in its folder within --out; runs of an earlier call go on where they ended. Flow
-    matching trains for the given budget, the other two for as many steps. Returns the exit code."""
+    """Train each of OBJECTIVES in its folder within --out, or go on with it: flow matching for the given budget, the
+    other two for as many steps. Returns the exit code."""
     settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(Config)}
-    for name, objective in OBJECTIVES.items():
+    for name, (objective, predict) in OBJECTIVES.items():
         folder = Path(config.out) / name
-        own = objective | dict(out=str(folder), resume="" if (folder / "state.safetensors").exists() else None)
+        own = dict(objective=objective, predict=predict, out=str(folder))
+        own["resume"] = "" if (folder / "state.safetensors").exists() else None
         if config.start:  # of three runs that compare made, the one with this objective
             own["start"] = f"{config.start}/{name}"
-        code = train(Config(**settings | own))
-        if code:
+        if code := train(Config(**settings | own)):
             return code
         settings |= dict(minutes=None, epochs=None)
         settings["steps"] = load_tensors(folder / "model.safetensors", header_only=True)[1]["step"]
@@ -952,11 +919,6 @@ def curve_of_training(run, distances):
     return curve
 
 
-def curve_of_loss(run):
-    """[(training step, loss)]"""
-    return [(int(row["step"]), float(row["loss"])) for row in common.read_log(run.folder)]
-
-
 def load_runs(folders, config):
     """name of the objective -> Trained, of finished run folders. The folder is added to a name that comes twice. Raises
     UserError unless all were trained on the same pictures."""
@@ -971,8 +933,8 @@ def load_runs(folders, config):
 
 
 def compare(config):
-    """The subcommand `compare`: index.html, compare.png and compare.csv in --out, of three objectives that are trained
-    here or of --runs. Returns the exit code. Raises UserError."""
+    """index.html, compare.png and compare.csv in --out, of three objectives that are trained here or of --runs. Returns
+    the exit code. Raises UserError."""
     if not config.runs and (code := train_three(config)):
         return code
     runs = load_runs(config.runs or [f"{config.out}/{name}" for name in OBJECTIVES], config)
@@ -991,7 +953,8 @@ def compare(config):
     charts = [(f"{TITLES[key]}, by sampling steps", curves[key], floor[key]) for key in floor]
     curves = {name: curve_of_training(run, distances) for name, run in runs.items()}
     charts.append((f"{TITLES['distance']}, by training steps", curves, floor["distance"]))
-    curves = {name: curve_of_loss(run) for name, run in runs.items()}
+    logs = {name: common.read_log(run.folder) for name, run in runs.items()}
+    curves = {name: [(int(row["step"]), float(row["loss"])) for row in log] for name, log in logs.items()}
     charts.append(("Loss (the targets differ), by training steps", curves, None))
     if config.finetuned:
         tuned = load_runs(config.finetuned, config)
@@ -1029,9 +992,6 @@ def write_page(out, runs, samples, charts, num):
             body += f"<h2>{title}</h2>" + common.html_table([*cells, ["floor", f"{floor:.1f}"]])
     common.save_page(out / "index.html", "Flow matching against DDPM", body)
 
-
-# ----------------------------------------------------------------------------------------------------------------
-# Command line
 
 SUBCOMMANDS = {
     "train": (train, Config, PRESETS, "train, e.g. python unet_ddpm.py train --objective ddpm"),

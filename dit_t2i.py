@@ -25,11 +25,10 @@ model predicts data of zero and the loss is the mean of (x / t)^2, about 0.9; on
 | v, v_theta                   | v, v_hat         | (B, C, H, W)     | noise - x_0                                     |
 | text embeddings, c           | text             | (B, T, text_dim) | CLIP's states; or word numbers, (B, T)          |
 | null embedding               | null             | (1, T, text_dim) | the encoding of ""                              |
-| cfg_scale                    | cfg              |                  | v_uncond + cfg_scale (v_cond - v_uncond)        |
 | Dual-Stream Blocks; 4.3-4.5  | DualStreamLayer  |                  | x + gate * part(LN(x) (1 + scale) + shift)      |
 | MSRoPE                       | msrope           | (T + N, d/2)     | image on a centred grid, text on its diagonal   |
 | Rectified Flow; 2 and 5      | flow_loss, train |                  | mean of (v_hat - v)^2                           |
-| Classifier Free Guidance     | guided           |                  | see cfg_scale                                   |
+| Guidance; cfg_scale          | guided; cfg      |                  | v_uncond + cfg_scale (v_cond - v_uncond)        |
 | Generate                     | sample_latents   |                  | z - dt v, 28 Euler steps from t = 1 to t = 0    |
 | Prepare the dataset; 3       | prepare          |                  | latents and CLIP states, encoded once           |
 | 4.1, 4.2                     | DiT.embed        |                  | W_t Emb(t) + W_c mean(c)                        |
@@ -106,17 +105,10 @@ class Config(common.TrainConfig):
     head_dim: int = option(64, "width of a head, a multiple of 4", low=4)
     text_dim: int = option(256, "width of a text token as the text encoder gives it; CLIP's is 768", low=1)
     # Objective
-    predict: str = option(
-        "data", "what the last layer predicts; data is the better choice for pixels", choices=("data", "velocity")
-    )
-    # At first t is mostly near 1, where colour and shape are learned from the words; later nearer to 1/2, where details
-    # are.
-    time_mean: tuple[float, ...] = option(
-        (2.5, 0.5), "mean of logit(t) at the start and the end of the run; 0 is t = 1/2"
-    )
-    time_std: float = option(
-        1.5, "standard deviation of logit(t), which is normal (--arch joint: t is uniform)", low=0.0
-    )
+    predict: str = option("data", "what the last layer predicts; data is better for pixels", ("data", "velocity"))
+    # At first t is mostly near 1, where colour and shape are learned from the words; later near 1/2, where details are.
+    time_mean: tuple[float, ...] = option((2.5, 0.5), "mean of logit(t) as the run starts and ends; 0 is t = 1/2")
+    time_std: float = option(1.5, "deviation of logit(t), which is normal (--arch joint: t is uniform)", low=0.0)
     # Optimizer and sampling
     optimizer: str = option("adamw", "auto: muon where bfloat16 is fast", choices=("adamw", "muon", "auto"))
     checkpoint_activations: bool = option(False, "less memory: compute activations again in the backward pass")
@@ -128,17 +120,16 @@ DEMO = dict(minutes=10.0, batch_size=64, lr=2e-3, optimizer="auto", decay="linea
 PAPER = dict(epochs=200, image_size=256, batch_size=128, lr=1e-4, warmup=2000.0, decay="none", beta2=0.999, ema=0.9995)
 PAPER |= dict(patch_size=2, depth=12, num_heads=12, text_dim=768, predict="velocity", time_mean=(0.0,), time_std=1.0)
 PAPER |= dict(flip=0.5, cfg=4.0, checkpoint_every=1000)
-
 PRESETS = {"demo": DEMO, "paper": PAPER}
 
 # ----------------------------------------------------------------------------------------------------------------
 # Model
 
 
-def centred(count, device):
-    """Positions of `count` rows or columns with 0 in the middle: 16 of them are -8 to 7, so that a larger picture has
-    the trained positions in its middle."""
-    return torch.arange(count, device=device) - count // 2
+def centred_grid(height, width, device):
+    """Positions of the image tokens, (N, 2): 16 rows are -8 to 7, so that a larger picture has the trained positions in
+    its middle."""
+    return torch.cartesian_prod(*(torch.arange(count, device=device) - count // 2 for count in (height, width)))
 
 
 @functools.lru_cache(maxsize=16)
@@ -150,15 +141,14 @@ def msrope(height, width, text_len, head_dim, device):
     half of the angles follows the row, the second half the column ("MSRoPE" in the post; Wu et al. 2025, section 2.4).
     """
     diagonal = torch.arange(text_len, device=device) + max(height // 2, width // 2)
-    grid = torch.cartesian_prod(centred(height, device), centred(width, device))
-    positions = torch.cat((torch.stack((diagonal, diagonal), dim=1), grid))  # (T + N, 2)
+    positions = torch.cat((torch.stack((diagonal, diagonal), dim=1), centred_grid(height, width, device)))
     return common.rope_2d(positions, head_dim)
 
 
 @functools.lru_cache(maxsize=16)
 def grid_embedding(height, width, dim, device):
     """Fixed embedding of the positions of a centred grid, (N, dim)."""
-    return common.sincos_2d(torch.cartesian_prod(centred(height, device), centred(width, device)), dim)
+    return common.sincos_2d(centred_grid(height, width, device), dim)
 
 
 def ada_norm(x, shift, scale):
@@ -166,19 +156,14 @@ def ada_norm(x, shift, scale):
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
-class FeedForward(nn.Module):
+def feed_forward(width):
     """Two layers with a GELU between them, four times as wide inside."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
-
-    def forward(self, x):
-        return self.net(x)
+    net = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+    return nn.Sequential(collections.OrderedDict(net=net))
 
 
 class SwiGLU(nn.Module):
-    """value * silu(gate) between two layers (Shazeer 2020, eq. 6), with about as many parameters as FeedForward."""
+    """value * silu(gate) between two layers (Shazeer 2020, eq. 6), with about as many parameters as feed_forward."""
 
     def __init__(self, width):
         super().__init__()
@@ -230,14 +215,14 @@ class DualStreamLayer(nn.Module):
     (5.9M of the post's 258M parameters). They exist because the published checkpoints hold them.
     """
 
-    def __init__(self, num_heads, head_dim, last, feed_forward=FeedForward):
+    def __init__(self, num_heads, head_dim, last, mlp=feed_forward):
         super().__init__()
         width = num_heads * head_dim
         self.last = last
         self.vis_mod = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
-        self.vis_ff = feed_forward(width)
+        self.vis_ff = mlp(width)
         self.txt_mod = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
-        self.txt_ff = feed_forward(width)
+        self.txt_ff = mlp(width)
         self.attn = JointAttention(num_heads, head_dim)
         if last:
             for part in (self.txt_ff, self.attn.txt_q_proj, self.attn.txt_q_norm, self.attn.txt_o_proj):
@@ -256,29 +241,17 @@ class DualStreamLayer(nn.Module):
         return txt, vis
 
 
-class OutputNorm(nn.Module):
-    """The last LayerNorm, with shift and scale from the condition."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.linear = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-
-    def forward(self, x, condition):
-        return ada_norm(x, *self.linear(condition).chunk(2, dim=-1))
-
-
 class DiT(nn.Module):
     """model(z_t, t, text) -> velocity (noise - data), (B, C, H, W). t (B,) in [0, 1], 1 = noise; text
     (B, T, text_dim), or (B, T) word numbers if the model has a word table. Raises ValueError if patch_size does not
     divide H and W.
 
     arch="dual" is "Diffusion From Scratch". "joint" is what re-diffusion describes: learned positions (4.1) and the
-    captions' mean added to the time (4.2), with the SwiGLU of its code. That code does not run. What the description
-    leaves open is as in "dual": gates, a norm of q and k in each head, t times 1000.
+    captions' mean added to the time (4.2), with the SwiGLU of its code. What it leaves open is as in "dual": gates, a
+    norm of q and k in each head, t times 1000.
 
-    latent_size: side of the training latents; only the learned positions of "joint" depend on it.
-    vocabulary: number of words in the model's own table; 0: text comes encoded.
-    predict: "velocity", or "data", from which the velocity (z_t - data) / t follows.
+    latent_size: side of the training latents, for the learned positions. vocabulary: words in the model's own table; 0:
+    text comes encoded. predict: "velocity", or "data", from which the velocity (z_t - data) / t follows.
     """
 
     def __init__(
@@ -299,10 +272,9 @@ class DiT(nn.Module):
         if self.joint:
             self.positions = nn.Parameter(torch.zeros(1, width, grid, grid))
             self.caption_embed = nn.Linear(text_dim, width)
-        feed_forward = SwiGLU if self.joint else FeedForward
-        layers = (DualStreamLayer(num_heads, head_dim, i == depth - 1, feed_forward) for i in range(depth))
-        self.layers = nn.ModuleList(layers)
-        self.output_norm = OutputNorm(width)
+        mlp = SwiGLU if self.joint else feed_forward
+        self.layers = nn.ModuleList(DualStreamLayer(num_heads, head_dim, i == depth - 1, mlp) for i in range(depth))
+        self.output_norm = nn.ModuleDict({"linear": nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))})
         self.output_proj = nn.Linear(width, patch_size**2 * in_channels)
         self.initialize_weights()
 
@@ -359,7 +331,8 @@ class DiT(nn.Module):
                 txt, vis = checkpoint(layer, txt, vis, condition, rope, use_reentrant=False)
             else:
                 txt, vis = layer(txt, vis, condition, rope)
-        out = self.output_proj(self.output_norm(vis, condition)).float()  # (B, N, p p C)
+        shift, scale = self.output_norm["linear"](condition).chunk(2, dim=-1)  # (B, D) each
+        out = self.output_proj(ada_norm(vis, shift, scale)).float()  # (B, N, p p C)
         out = out.unflatten(1, grid).unflatten(-1, (p, p, channels))  # (B, H/p, W/p, p, p, C)
         out = out.permute(0, 5, 1, 3, 2, 4).reshape(z_t.shape)  # (B, C, H, W)
         if self.predict == "velocity":
@@ -477,10 +450,8 @@ MAX_WORDS = 16  # of a caption, for a table of words
 
 
 class Words:
-    """Captions as word numbers, (B, length), which the model's own table turns into vectors.
-
-    Articles and unknown words are left out. Captions are padded with 0, so "" is all zeros.
-    """
+    """Captions as word numbers, (B, length), which the model's own table turns into vectors. Articles and unknown words
+    are left out. Captions are padded with 0, so "" is all zeros."""
 
     def __init__(self, vocabulary, length):
         self.vocabulary, self.length = list(vocabulary), length
@@ -492,8 +463,7 @@ class Words:
 
     @classmethod
     def learn(cls, captions, known=(), length=0):
-        """The words of some captions. known, length: of earlier weights, whose words keep their numbers. Raises
-        UserError if there is no word."""
+        """The words of captions. known, length: of earlier weights, whose words keep their numbers."""
         captions = [cls.split(caption) for caption in captions]
         if not any(captions):
             raise UserError("the captions hold no words; write captions such as: a red car")
@@ -549,20 +519,16 @@ def ascii_class(c):
 
 
 class ClipTokenizer:
-    """Text to ids by byte-pair encoding (Sennrich et al. 2016) with CLIP's published merges.
-
-    path: merges.txt, merges.txt.gz or tokenizer.json, or a folder with one of them. (vocab.json is not needed.)
-    Called with a list of B strings, it returns (B, 77) int64 ids. Raises UserError.
-    """
+    """Text to ids by byte-pair encoding (Sennrich et al. 2016) with CLIP's published merges. path: merges.txt,
+    merges.txt.gz or tokenizer.json, or a folder with one of them. (vocab.json is not needed.) Raises UserError."""
 
     def __init__(self, path):
-        names, path = ("merges.txt", "merges.txt.gz", "tokenizer.json"), Path(path)
-        folder = path if path.is_dir() else path.parent
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
         folders = folder, folder / "tokenizer", folder.parent / "tokenizer"  # the last two: of a whole pipeline
-        places = [f / name for f in folders for name in names]
-        if path.name in names or path.suffix in (".txt", ".gz"):
-            places = [path]
-        file = next((place for place in places if place.is_file()), None)
+        places = [f / name for f in folders for name in ("merges.txt", "merges.txt.gz", "tokenizer.json")]
+        if str(path).endswith((".txt", ".gz", "tokenizer.json")):
+            places = [Path(path)]
+        file = next(filter(Path.is_file, places), None)
         if file is None:
             raise UserError(f"no tokenizer in {path}: put merges.txt or tokenizer.json of {CLIP_SOURCE} there")
         with common.reading(file, f"tokenizer of {CLIP_SOURCE}"):
@@ -588,7 +554,7 @@ class ClipTokenizer:
         return [tuple(line.split()) for line in lines if line and "#version" not in line][:CLIP_MERGES]
 
     def __call__(self, texts):
-        """(B, 77): the start token, at most 75 tokens of the text, and end tokens."""
+        """B strings -> (B, 77) int64: the start token, at most 75 tokens of the text, and end tokens."""
         ids = torch.full((len(texts), CLIP_LENGTH), self.end)
         for row, text in zip(ids, texts):
             tokens = [self.start, *self.encode(text)[: CLIP_LENGTH - 2]]
@@ -607,8 +573,8 @@ class ClipTokenizer:
 
     @staticmethod
     def split(text):
-        """The words of a text, composed (NFC) and in lower case: letter by letter, because Python's lower() of a whole
-        string writes a Greek sigma at a word's end differently."""
+        """The words of a text, composed (NFC) and in lower case."""
+        # Letter by letter: lower() of a whole string writes a Greek sigma at a word's end differently.
         text = "".join(map(str.lower, unicodedata.normalize("NFC", text)))
         return [text[slice(*match.span())] for match in CLIP_WORD.finditer("".join(map(ascii_class, text)))]
 
@@ -617,14 +583,10 @@ class ClipTokenizer:
         symbols = [self.symbols[byte] for byte in word.encode("utf-8", "replace")]
         symbols[-1] += "</w>"
         while len(symbols) > 1:
-            pair = min(itertools.pairwise(symbols), key=lambda pair: self.ranks.get(pair, len(self.ranks)))
-            if pair not in self.ranks:
+            rank, i = min((self.ranks.get(pair, math.inf), i) for i, pair in enumerate(itertools.pairwise(symbols)))
+            if rank == math.inf:
                 break
-            i = 0
-            while i < len(symbols) - 1:
-                if (symbols[i], symbols[i + 1]) == pair:
-                    symbols[i : i + 2] = ["".join(pair)]
-                i += 1
+            symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
         return [self.ids[symbol] for symbol in symbols]
 
 
@@ -658,11 +620,9 @@ class ClipTextEncoder(nn.Module):
         self.final_layer_norm = nn.LayerNorm(dim)
 
     def forward(self, ids, mask_padding=False):
-        """ids (B, T) -> the last hidden state after the final norm, (B, T, D).
-
-        mask_padding hides the tokens after the first end token. This changes the states of the padding only, but the
-        image model reads those too: Stable Diffusion has it off, the post's code on.
-        """
+        """ids (B, T) -> the last hidden state after the final norm, (B, T, D). mask_padding hides the tokens after the
+        first end token, which changes the states of the padding only; but the image model reads those, too. Stable
+        Diffusion has it off, the post's code on."""
         tokens = self.embeddings["token_embedding"]
         mask = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()  # (T, T)
         if mask_padding:
@@ -677,13 +637,11 @@ class ClipTextEncoder(nn.Module):
     def load(cls, path):
         """From a Hugging Face folder or a weight file: the text half alone, a whole CLIP, or a Stable Diffusion
         checkpoint. float32, without gradients; `.hash` identifies the file. Raises UserError."""
-        file = Path(path)
-        if not file.is_file():
-            names = ("model.safetensors", "model.fp16.safetensors", "pytorch_model.bin")
-            places = [folder / name for folder in (file, file / "text_encoder") for name in names]
-            file = next((place for place in places if place.is_file()), file)
-            if not file.is_file():
-                raise UserError(f"no CLIP weights in {path}: put model.safetensors of {CLIP_SOURCE} there")
+        names = "model.safetensors", "model.fp16.safetensors", "pytorch_model.bin"
+        places = [Path(path), *(Path(path, part, name) for part in ("", "text_encoder") for name in names)]
+        file = next(filter(Path.is_file, places), None)
+        if file is None:
+            raise UserError(f"no CLIP weights in {path}: put model.safetensors of {CLIP_SOURCE} there")
         content, _ = load_tensors(file)
         with common.reading(file, f"text encoder of {CLIP_SOURCE}"):
             content = content.get("state_dict", content)
@@ -712,9 +670,6 @@ class Clip:
             raise UserError(f"these weights read captions through CLIP; name the folder of {CLIP_SOURCE} with --clip")
         self.tokenizer, self.model = ClipTokenizer(path), ClipTextEncoder.load(path).to(device)
         self.device, self.hash = device, self.model.hash
-        tokens, positions = (len(table.weight) for table in self.model.embeddings.values())
-        if tokens <= self.tokenizer.end or positions < CLIP_LENGTH:
-            raise UserError(f"{path} is a CLIP of other tokens or fewer positions; name {CLIP_SOURCE}")
 
     @torch.no_grad()
     def __call__(self, captions):
@@ -855,8 +810,7 @@ def request(url, deadline, max_bytes, private):
 
 def fetch(url, private=False, timeout=None, max_bytes=MAX_BYTES):
     """The bytes behind an http(s) URL, within `timeout` seconds [TIMEOUT], if the look-up of the host's name takes no
-    longer. private: whether addresses in private networks and on this machine are allowed. Whatever goes wrong raises
-    Refused; the next pass tries again."""
+    longer. private: as --private-hosts. Whatever goes wrong raises Refused."""
     deadline = time.monotonic() + (timeout or TIMEOUT)
     try:
         for _ in range(1 + MAX_REDIRECTS):
@@ -879,15 +833,13 @@ def decode_picture(content, size, min_side=0):
     try:
         with Image.open(io.BytesIO(content)) as picture:  # reads the header, not the pixels
             width, height = picture.size
-        if width * height > STREAM_PIXELS or content.count(b"\xff\xda") > 200:  # a JPEG of so many scans takes minutes
-            raise Refused("too large")
-        if min(width, height) < min_side:
-            raise Refused("too small")
-        return common.read_picture(content, size)
-    except Refused:
-        raise
+        many_scans = content.count(b"\xff\xda") > 200  # of a JPEG, which then takes minutes
+        too_large = width * height > STREAM_PIXELS or many_scans
+        if not too_large and min(width, height) >= min_side:
+            return common.read_picture(content, size)
     except Exception:  # Pillow raises nearly anything on a broken file
         raise Refused("broken picture") from None
+    raise Refused("too large" if too_large else "too small")
 
 
 def read_metadata(path):
@@ -914,8 +866,7 @@ def read_metadata(path):
 
 def parse_row(row, min_score=0.0, min_side=0):
     """A row of read_metadata -> (URL, caption, the picture file's bytes or None), by our names or LAION's (URL, TEXT,
-    AESTHETIC_SCORE, ...). A picture within the row is {"bytes": ...}, as Hugging Face stores it. Raises Refused if the
-    row is broken, or filtered out by its own numbers."""
+    AESTHETIC_SCORE, ...). A picture within the row is {"bytes": ...}, as Hugging Face stores it. Raises Refused."""
     if row is None:
         raise Refused("broken shard")
     try:
@@ -984,25 +935,19 @@ class Stream:
         self.window = 4 * config.threads + 2 * config.batch_size // (config.grad_accum * self.world)
         count = SHOWN if config.clip else VOCABULARY_CAPTIONS
         self.captions, self.skipped = first_captions(self.names, count), []
-        self.start((0, 0, 0), {})
-
-    def start(self, place, counts):
-        """Begin at `place` (pass, shard in the pass's order, row); what was fetched ahead is dropped."""
-        self.place, self.counts, self.good_pass = place, collections.Counter(counts), place[0]
-        self.rows, self.ahead, self.ready = self.walk(*place), collections.deque(), []
+        self.resume([{"place": (0, 0, 0), "counts": {}}])
 
     def walk(self, first_pass, shard, first_row):
         """Without end, (place after the row, row) for each row of this process, beginning at the given place."""
         for pass_number in itertools.count(first_pass):
             order, found = list(range(len(self.names))), False
             random.Random(f"{self.config.seed} {pass_number}").shuffle(order)
-            while shard < len(order):
-                file = order[shard]
+            for place, file in list(enumerate(order))[shard:]:
                 for i, row in enumerate(read_metadata(self.names[file])):
                     if i >= first_row and (file + i) % self.world == self.rank:
                         found = True
-                        yield (pass_number, shard, i + 1), row
-                shard, first_row = shard + 1, 0
+                        yield (pass_number, place, i + 1), row
+                first_row = 0
             if not found and pass_number > first_pass:
                 raise UserError(f"{self.config.stream} has no rows for process {self.rank + 1} of {self.world}")
             shard = 0
@@ -1066,9 +1011,11 @@ class Stream:
         """Go on from the states in a checkpoint, one per process. With the same number of processes each goes on from
         its own place. With another number all go on from the earliest place: some rows come twice, none is left out."""
         places = [tuple(state["place"]) for state in states]
-        place = places[self.rank] if len(places) == self.world else min(places)
-        totals = sum((collections.Counter(state["counts"]) for state in states), collections.Counter())
-        self.start(place, totals if self.rank == 0 else {})
+        self.place = places[self.rank] if len(places) == self.world else min(places)
+        counts = [collections.Counter(state["counts"]) for state in states]
+        self.counts = sum([] if self.rank else counts, collections.Counter())
+        self.rows, self.ahead, self.ready = self.walk(*self.place), collections.deque(), []
+        self.good_pass = self.place[0]
 
     def close(self):
         """End the threads after the fetches that they are at."""
@@ -1087,12 +1034,11 @@ MODEL_FIELDS = "arch patch_size depth num_heads head_dim text_dim predict".split
 
 
 class TrainingData:
-    """The batches of any source, encoded: batch(step, rows) -> x (B, C, H, W) and text, both on the device.
+    """The batches of any source, encoded: batch(step, rows) -> x (B, C, H, W) and text, both on the device. One sample
+    in fifty is held out, at least one and at most 1,000; of a stream none. Raises UserError.
 
-    known: the header of the weights that a run starts or resumes from, whose words keep their numbers. header: what a
-    checkpoint must hold to sample from it; null: the encoding of ""; shown: the encodings of up to 16 captions, to
-    sample during training; rows_at_once: rows of a pass. One sample in fifty is held out, at least one and at most
-    1,000; of a stream none. Raises UserError.
+    known: the header of the weights that a run starts or resumes from. header: what sampling from a checkpoint needs;
+    null: the encoding of ""; shown: of captions to sample during training; rows_at_once: rows of a pass.
     """
 
     def __init__(self, config, device, precision, known=None):
@@ -1120,35 +1066,30 @@ class TrainingData:
             self.header["text"], self.null = {"clip": source.header["clip"]}, source.extra("null")
             if self.vae:
                 common.warn_if_other("--vae", self.vae.hash, source.header["vae"])
+        elif config.clip:
+            self.encoder = Clip(config.clip, device)
+            self.header["text"] = {"clip": self.encoder.hash}
         else:
-            self.load_encoders((known or {}).get("text", {}))
+            old = (known or {}).get("text", {})
+            captions = [source.captions[i] for i in self.train]
+            self.encoder = Words.learn(captions, old.get("words", []), old.get("length", 0))
+            self.header["text"] = {"words": self.encoder.vocabulary, "length": self.encoder.length}
+        if self.vae and not self.prepared:
+            latent = [self.vae.latent_channels, config.image_size // self.vae.stride]
+            self.header |= {"latent": latent, "vae": self.vae.hash}
+        if self.encoder:
+            self.null = self.encoder([""])
         if self.null.is_floating_point() and self.null.shape[-1] != config.text_dim:
             raise UserError(f"--text-dim {config.text_dim}: this CLIP's states have width {self.null.shape[-1]}")
         shown = (self.held_out or self.train)[:SHOWN]
         self.shown = self.encoder([source.captions[i] for i in shown]) if self.encoder else source.read(shown)[1]
 
-    def load_encoders(self, known):
-        """What encodes pictures and captions during training, and its part of the header. known: the words of earlier
-        weights, and their length."""
-        config = self.config
-        if self.vae:
-            latent = [self.vae.latent_channels, config.image_size // self.vae.stride]
-            self.header |= {"latent": latent, "vae": self.vae.hash}
-        if config.clip:
-            self.encoder = Clip(config.clip, self.device)
-            self.header["text"] = {"clip": self.encoder.hash}
-        else:
-            captions = [self.source.captions[i] for i in self.train]
-            self.encoder = Words.learn(captions, known.get("words", []), known.get("length", 0))
-            self.header["text"] = {"words": self.encoder.vocabulary, "length": self.encoder.length}
-        self.null = self.encoder([""])
-
     def __len__(self):
         return 0 if self.stream else len(self.train)
 
     def load(self, index, rng):
-        """Samples by their numbers -> x, text: flipped, encoded, and a part of the captions replaced by the null
-        caption. rng: a BatchRng of as many rows."""
+        """Samples by their numbers -> x, text: flipped, encoded, some captions replaced by the null caption. rng: a
+        BatchRng of as many rows."""
         x, text = self.source.read(index)
         if self.config.flip:
             x = common.random_flip(x, self.config.flip, rng)
@@ -1185,22 +1126,19 @@ class TrainingData:
 
 
 def resolve(config, precision):
-    """The config with what `auto` stands for. A stream without a budget goes on until Ctrl-C, at a constant learning
-    rate and the times of the end of a run (re-diffusion 6)."""
+    """(config, start): the config with what `auto` stands for, and the model of --from, whose sizes it takes over; None
+    for a run that resumes. A stream without a budget goes on until Ctrl-C, at a constant learning rate and the times of
+    the end of a run (re-diffusion 6)."""
+    start = None
     if config.optimizer == "auto":
         config = dataclasses.replace(config, optimizer="muon" if precision == "bf16" else "adamw")
     if config.stream and not (config.minutes or config.steps or config.epochs):
         warmup = config.warmup if config.warmup >= 1 else 100.0
         config = dataclasses.replace(config, decay="none", warmup=warmup, time_mean=config.time_mean[-1:])
-    return config
-
-
-def load_start(config):
-    """(config, model) for --from: the options of the model are those of its weights. A run that goes on needs none."""
-    if not config.start or config.resume is not None:
-        return config, None
-    start, old = load_model(config.start, "cpu")
-    return dataclasses.replace(config, **{name: getattr(old, name) for name in MODEL_FIELDS}), start
+    if config.start and config.resume is None:
+        start, old = load_model(config.start, "cpu")
+        config = dataclasses.replace(config, **{name: getattr(old, name) for name in MODEL_FIELDS})
+    return config, start
 
 
 def copy_weights(start, model, header):
@@ -1215,8 +1153,7 @@ def copy_weights(start, model, header):
 
 @torch.no_grad()
 def held_out_loss(config, data, model):
-    """Mean loss of up to 256 held-out samples, always at the same noise and times, those of the run's start; None for a
-    stream."""
+    """Mean loss of up to 256 held-out samples at fixed noise and times, those of the run's start; None for a stream."""
     index, losses = data.held_out[:256], []
     for first in range(0, len(index), data.rows_at_once):
         rows = slice(first, min(first + data.rows_at_once, len(index)))
@@ -1230,8 +1167,7 @@ def held_out_loss(config, data, model):
 
 
 def preview(config, data, model):
-    """RGB samples for the captions data.shown, all from the same noise. At most half as many at a time as in a training
-    pass, because guidance doubles the batch."""
+    """RGB samples for the captions data.shown, from the same noise, half as many at a time as in a training pass."""
     channels, size = data.header["latent"]
     settings = dict(cfg=config.cfg, precision=data.precision, batch_size=max(1, min(SHOWN, data.rows_at_once // 2)))
     z = sample_latents(model, data.shown, data.null, (channels, size, size), **settings)
@@ -1241,7 +1177,7 @@ def preview(config, data, model):
 def train(config):
     """Train, or go on with --resume; the result is a run folder. Raises UserError."""
     device, precision = common.init_training(config)
-    config, start = load_start(resolve(config, precision))
+    config, start = resolve(config, precision)
     may_change = "vae", "clip", "stream", "threads", "private_hosts", "start"
     run = common.Run(config, "dit_t2i", may_change, endless=bool(config.stream))
     known = load_tensors(run.state_path, header_only=True)[1] if run.resuming else start.header if start else None
@@ -1397,9 +1333,6 @@ def prepare_command(options):
         raise UserError(f"no readable picture in {' '.join(options.data)}")
     print(f"{done:,} samples in {options.out}; now: python dit_t2i.py train --preset paper --data {options.out}")
 
-
-# ----------------------------------------------------------------------------------------------------------------
-# Command line
 
 SUBCOMMANDS = {
     "train": (train, Config, PRESETS, "train, e.g. train --data DIR"),

@@ -14,9 +14,11 @@ matching 999 t and DDPM the timestep, and the two run in opposite directions.
 
 A fresh network returns 0, so the loss starts at the mean square of its target: 1.37 for flow matching on painted faces,
 1 for DDPM, 0.54 for v-prediction. After 250, 500 and 2,000 steps flow matching's loss is near 0.31, 0.22 and 0.15 and
-DDPM's near 0.08, 0.05 and 0.03 (losses of different targets cannot be compared); in both, that of nearly clean pictures
-is the largest. 2,000 steps take eight to twelve minutes on two cores with AVX512-BF16. Samples are fragments of faces
-after a tenth of them, faces after a third, with clean lines from half on.
+DDPM's near 0.08, 0.05 and 0.03 (losses of different targets cannot be compared). In eight bins of the time from 0 to 1
+it is then 0.15, 0.11, 0.09, 0.09, 0.09, 0.11, 0.15, 0.42 for flow matching and 0.18, 0.04, 0.02, 0.01, 0.005, 0.003,
+0.002, 0.001 for DDPM, whose time runs the other way: in both, nearly clean pictures are the hardest. 2,000 steps take
+eight to twelve minutes on two cores with AVX512-BF16. Samples are fragments of faces after a tenth of them, faces after
+a third, with clean lines from half on.
 
 | in the write-up           | here          | shape        | equation                                               |
 |---------------------------|---------------|--------------|--------------------------------------------------------|

@@ -665,7 +665,7 @@ def photo_crops(count, size):
     rng, photos, crops = np.random.default_rng(0), photographs(PHOTOGRAPHS), []
     for i in range(count):
         photo = photos[i % len(photos)]
-        side = int(size * (min(photo.shape[2:]) / size) ** rng.random())
+        side = min(int(size * (min(photo.shape[2:]) / size) ** rng.random()), *photo.shape[2:])
         top, left = (rng.integers(length - side + 1) for length in photo.shape[2:])
         crop = photo[:, :, top : top + side, left : left + side].float()
         crops.append(F.interpolate(crop.flip(-1) if i // len(photos) % 2 else crop, (size, size), mode="area"))

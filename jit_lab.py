@@ -615,7 +615,6 @@ def pixel_features(rgb):
     return torch.cat([scale.flatten(1) / (3 * scale[0].numel()) ** 0.5 for scale in scales], dim=1)
 
 
-@torch.no_grad()
 def nearest(metric, queries, pictures, skip_self=False, batch_size=250):
     """For each of queries (Q, 3, S, S) in [0, 1] the nearest of pictures (N, 3, S, S) uint8: (distances (Q,), indices
     (Q,)). skip_self: the queries are the first Q of the pictures, and each is compared with the others only."""

@@ -758,7 +758,6 @@ def train_vae(config):
     return run.finish()
 
 
-@torch.no_grad()
 def measure_latents(vae, pictures):
     """Set the VAE's mean and std to those of each latent channel over the first 300 pictures (N, 3, S, S) uint8."""
     latents = encode(vae, to_signed(pictures[:300]))

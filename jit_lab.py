@@ -83,24 +83,18 @@ class Config(common.TrainConfig):
     noise_scale: float = option(1.0, "standard deviation of the noise; JiT takes 2 at 512 pixels", low=0.01)
     lab_noise: tuple[float, ...] = option((1.0, 1.0, 1.0), "factors of it for L*, a* and b* (not in rgb)", low=0.01)
     # Optimizer (Part 5)
-    optimizer: str = option(
-        "adamw",
-        "muon: for the matrices of attention and MLP; auto: muon where bfloat16 is fast",
-        choices=("adamw", "muon", "auto"),
-    )
+    optimizer: str = option("adamw", "auto: muon where bfloat16 is fast", choices=("adamw", "muon", "auto"))
 
 
 # Muon learns from 70,000 pictures nearly what AdamW learns from 120,000 (docs/results.md), so ema averages over fewer
-# steps. Muon's update takes equally long after a small crop and after a full picture, so that small crops save less
-# time: full pictures are taken more often.
+# steps. Muon's update takes as long after a small crop as after a full picture, so there are more full pictures.
 DEMO = dict(minutes=10.0, optimizer="auto", decay="linear", ema=0.995, full_image_prob=0.7)
 # L* spreads over most of the scale [-1, 1], a* and b* over little of it, so noise of 1 hides colour until t is near 1.
 # These values are about the spread that noise of 1 in RGB has in L*a*b*. Less noise hides less at the same t, so times
 # are lower (nearer to noise) on average.
 DEMO |= dict(lab_noise=(0.6, 0.35, 0.35), time_mean=-0.9)
 
-# The post's model and training: 1,280 epochs of 10,000 pictures at batch 256 are 50,000 steps. It used fp16, which is
-# --precision fp16 here.
+# The post's model and training: 1,280 epochs of 10,000 pictures at batch 256 are 50,000 steps. (It used fp16.)
 PAPER = dict(patch_size=4, hidden_size=768, depth=12, num_heads=12)
 PAPER |= dict(steps=50_000, batch_size=256, grad_accum=4, lr=3e-4, checkpoint_every=1000)
 # What the post does not state is JiT's. (Warm-ups and gradient clipping are ours.)
@@ -334,27 +328,21 @@ def training_times(config, rng):
     return torch.sigmoid(config.time_mean + config.time_std * rng.randn())
 
 
-@torch.no_grad()
-def sample(
-    model,
-    config,
-    num=16,
-    steps=50,
-    seed=0,
-    solver="euler",
-    batch_size=64,
-    precision="auto",
-    label=0,
-    cfg=1.0,
-    callback=None,
-):
-    """num pictures, RGB in [0, 1], (num, 3, S, S) (Part 6). Picture i depends on seed + i only.
+@dataclasses.dataclass
+class SampleConfig(common.SampleConfig):
+    """The options of `sample`. cfg: Ho & Salimans 2022, eq. 6."""
 
-    cfg: guidance, 1 conditional, 0 unconditional, above 1 guided (Ho & Salimans 2022, eq. 6). callback(x_t, t) is
-    called with the states of the first batch.
-    """
-    device = next(model.parameters()).device
-    precision = common.pick_precision(precision, device)
+    solver: str = option("euler", "how a step is made", choices=tuple(common.SOLVERS))
+    label: int = option(0, "class, for checkpoints with several", low=0)
+    cfg: float = option(1.0, "guidance: 1 conditional, 0 unconditional, above 1 guided", low=0.0)
+
+
+@torch.no_grad()
+def sample(model, config, num=16, steps=50, seed=0, *, callback=None, **options):
+    """num pictures, RGB in [0, 1], (num, 3, S, S) (Part 6). Picture i depends on seed + i only. options: the other
+    fields of SampleConfig. callback(x_t, t) is called with the states of the first batch."""
+    options, device = SampleConfig(num=num, steps=steps, seed=seed, **options), next(model.parameters()).device
+    precision = common.pick_precision(options.precision, device)
 
     def predict(x_t, t, label):
         y = torch.full((len(x_t),), label, device=device)
@@ -363,20 +351,20 @@ def sample(
         return predicted_data(config, output, x_t, t)
 
     def velocity(x_t, t):
-        x_hat = predict(x_t, t, label)
-        if cfg != 1:
+        x_hat = predict(x_t, t, options.label)
+        if options.cfg != 1:
             unconditional = predict(x_t, t, model.num_classes)
-            x_hat = unconditional + cfg * (x_hat - unconditional)
+            x_hat = unconditional + options.cfg * (x_hat - unconditional)
         # v = (x_hat - x_t) / (1 - t). No solver calls this at t = 1: its last t is 1 - 1/steps. (The post's bound,
         # max(1 - t, 0.01), acts only above 100 steps.) In the last Euler step 1 - t is the step size, so that the step
         # ends at x_hat, which the post returns.
         return (x_hat - x_t) / (1 - t)
 
     pictures, times = [], [i / steps for i in range(steps + 1)]
-    for first in range(0, num, batch_size):
-        seeds = range(seed + first, seed + min(first + batch_size, num))
+    for first in range(0, num, options.batch_size):
+        seeds = range(seed + first, seed + min(first + options.batch_size, num))
         noise = noise_scale(config, device) * common.noise_for(seeds, (3, config.image_size, config.image_size), device)
-        x = common.SOLVERS[solver](velocity, noise, times, callback if first == 0 else None)
+        x = common.SOLVERS[options.solver](velocity, noise, times, callback if first == 0 else None)
         pictures.append(to_rgb(config, x))
     return torch.cat(pictures)
 
@@ -394,8 +382,7 @@ WHITE = torch.tensor([0.95047, 1.0, 1.08883]).view(3, 1, 1)
 
 
 def rgb_to_lab(x):
-    """RGB in [0, 1] -> (L* / 50 - 1, a* / 128, b* / 128), both (B, 3, H, W) float32. A grey's chroma is
-    below 1e-4."""
+    """RGB in [0, 1] -> (L* / 50 - 1, a* / 128, b* / 128), (B, 3, H, W) float32. A grey's chroma is below 1e-4."""
     x = x.float()
     linear = torch.where(x > 0.04045, ((x + 0.055) / 1.055) ** 2.4, x / 12.92)
     xyz = torch.einsum("ij,bjhw->bihw", XYZ_FROM_RGB.to(x.device), linear) / WHITE.to(x.device)
@@ -604,15 +591,6 @@ def load_model(path, device):
 # Subcommands: sample and novelty (Part 6)
 
 
-@dataclasses.dataclass
-class SampleConfig(common.SampleConfig):
-    """The options of `sample`."""
-
-    solver: str = option("euler", "how a step is made", choices=tuple(common.SOLVERS))
-    label: int = option(0, "class, for checkpoints with several", low=0)
-    cfg: float = option(1.0, "guidance: 1 conditional, 0 unconditional, above 1 guided", low=0.0)
-
-
 def sample_command(options):
     """Write a grid of samples and, if asked for, single pictures and an animation."""
     path = common.find_weights(options.weights, "jit_lab")
@@ -622,8 +600,7 @@ def sample_command(options):
     if options.cfg != 1 and model.num_classes == 1:
         raise UserError("--cfg needs a checkpoint with several classes; this one has one, so leave it out")
     frames, callback = common.record_frames(lambda x: common.make_grid(to_rgb(config, x[:16])), options.gif)
-    names = ("num", "steps", "seed", "solver", "batch_size", "precision", "label", "cfg")
-    rgb = sample(model, config, **{name: getattr(options, name) for name in names}, callback=callback)
+    rgb = sample(model, config, callback=callback, **vars(options))
     common.write_samples(rgb, [f"{options.seed + i:06d}" for i in range(options.num)], options, frames)
 
 
@@ -638,7 +615,6 @@ def pixel_features(rgb):
     return torch.cat([scale.flatten(1) / (3 * scale[0].numel()) ** 0.5 for scale in scales], dim=1)
 
 
-@torch.no_grad()
 def nearest(metric, queries, pictures, skip_self=False, batch_size=250):
     """For each of queries (Q, 3, S, S) in [0, 1] the nearest of pictures (N, 3, S, S) uint8: (distances (Q,), indices
     (Q,)). skip_self: the queries are the first Q of the pictures, and each is compared with the others only."""
@@ -689,10 +665,8 @@ def novelty(options):
 
     common.save_picture(pair_sheet(rgb.cpu(), data.pictures[index] / 255, distances), options.out)
     text, table = io.StringIO(), Path(options.out).with_suffix(".csv")
-    rows = csv.writer(text)
-    rows.writerow(["seed", "nearest", "distance"])
-    for i, (where, distance) in enumerate(zip(index, distances)):
-        rows.writerow([options.seed + i, data.names[where], f"{distance:.5f}"])
+    rows = [[options.seed + i, data.names[k], f"{distances[i]:.5f}"] for i, k in enumerate(index)]
+    csv.writer(text).writerows([["seed", "nearest", "distance"], *rows])
     common.save_text(table, text.getvalue())
     print(f"{name} to the nearest of {len(data):,} training pictures:")
     print(f"median {distances.median():.4f}, least {distances.min():.4f}; between training pictures {usual:.4f}")
@@ -707,8 +681,8 @@ def pair_sheet(rgb, neighbours, distances):
     for sample_, neighbour, distance in zip(rgb, neighbours, distances):
         tile = ImageOps.expand(common.make_grid(torch.stack((sample_, neighbour)), columns=2), (0, 0, 8, 14), "white")
         ImageDraw.Draw(tile).text((2, tile.height - 13), f"{distance:.4f}", "black")
-        tiles.append(torch.from_numpy(np.array(tile)).permute(2, 0, 1) / 255)
-    return common.make_grid(torch.stack(tiles))
+        tiles.append(np.array(tile))
+    return common.make_grid(common.picture_tensor(tiles) / 255)
 
 
 # ----------------------------------------------------------------------------------------------------------------

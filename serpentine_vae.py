@@ -182,13 +182,12 @@ class VAE(nn.Module):
     def __init__(self, channels=8, width=64, encoder_depth=1, decoder="local"):
         super().__init__()
         self.channels = channels
-        layers, width_in = [], 3
-        for level, wide in enumerate((width, 2 * width, 4 * width)):  # at 1/2, 1/4 and 1/8 of the resolution
+        layers, widths = [], (3, width, 2 * width, 4 * width)  # of the picture, and at 1/2, 1/4 and 1/8 of its sides
+        for level, (width_in, wide) in enumerate(itertools.pairwise(widths)):
             kernel = 1 if level else 3
             layers += [nn.PixelUnshuffle(2), nn.Conv2d(4 * width_in, wide, kernel, padding=kernel // 2)]
             layers += [VAEBlock(wide, excite=True) for _ in range(encoder_depth)]
-            width_in = wide
-        self.encoder = nn.Sequential(*layers, LayerNorm2d(width_in), nn.Conv2d(width_in, 2 * channels, 1))
+        self.encoder = nn.Sequential(*layers, LayerNorm2d(4 * width), nn.Conv2d(4 * width, 2 * channels, 1))
         self.decoder = {"local": local_decoder, "global": global_decoder}[decoder](channels, width)
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
@@ -244,10 +243,8 @@ DIRECTIONS += tuple(f"{name} reversed" for name in DIRECTIONS)
 
 def serpentine_order(height, width, direction):
     """A path through a map, as a permutation of its positions 0 to height * width - 1, which are numbered row by row.
-
-    The path goes along one line of the map and back along the next, so consecutive positions always touch, on diagonal
-    paths sometimes only at a corner. direction: one of DIRECTIONS.
-    """
+    It goes along one line of the map and back along the next, so consecutive positions always touch, on diagonal paths
+    sometimes only at a corner. direction: one of DIRECTIONS."""
     numbers = torch.arange(height * width).view(height, width)
     lines = {
         "rows": numbers,
@@ -300,8 +297,8 @@ def scan(a, b):
 
 
 class Scan(torch.autograd.Function):
-    """scan() along the paths of all_orders(). Its gradient is written by hand, because autograd would record
-    every step of the loop: it is a scan in the opposite direction, which needs a and h only."""
+    """scan() along the paths of all_orders(). Its gradient is written by hand, because autograd would record every step
+    of the loop: it is a scan in the opposite direction, which needs a and h only."""
 
     @staticmethod
     def forward(ctx, a, b, order, inverse):
@@ -327,12 +324,10 @@ def scan_map(a, b, height, width):
 
 
 class Serpentine(nn.Module):
-    """Scan a map (B, D, h, w) along all eight paths at once and merge the results. D is a multiple of 8.
-
-    Each path has an eighth of the channels. Along it h_t = a_t h_(t-1) + (1 - a_t) v_t, where the forget gate a_t in
-    (0, 1) depends on the input at t: a selective state-space model (Gu & Dao 2023, theorem 1) with a state as wide as
-    its input. Time and memory are linear in h w; those of self-attention are quadratic.
-    """
+    """Scan a map (B, D, h, w) along all eight paths at once and merge the results. Along each path
+    h_t = a_t h_(t-1) + (1 - a_t) v_t, where the forget gate a_t in (0, 1) depends on the input at t: a selective
+    state-space model (Gu & Dao 2023, theorem 1) with a state as wide as its input. Time and memory are linear in h w;
+    those of self-attention are quadratic."""
 
     def __init__(self, width):
         super().__init__()
@@ -377,10 +372,8 @@ class Block(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """denoiser(x_t, t) -> the noise in x_t. x_t (B, channels, h, w) of any h and w; t (B,) from 1 to N - 1.
-
-    Raises UserError for a width that the eight paths cannot share.
-    """
+    """denoiser(x_t, t) -> the noise in x_t. x_t (B, channels, h, w) of any h and w; t (B,) from 1 to N - 1. Raises
+    UserError for a width that the eight paths cannot share."""
 
     def __init__(self, channels=8, width=96, multipliers=(1, 2), depth=2):
         super().__init__()
@@ -390,15 +383,13 @@ class Denoiser(nn.Module):
         self.time_embed = common.TimestepEmbedder(embed_dim)
         self.conv_in = nn.Conv2d(channels, width, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        width_in = width
-        for wide in widths:
+        for width_in, wide in zip([width, *widths], widths):
             self.down.append(nn.ModuleList([Block(wide if i else width_in, wide, embed_dim) for i in range(depth)]))
-            width_in = wide
-        for wide in reversed(widths):  # + wide: each block of `up` also gets the output of a block of `down`
+        for width_in, wide in zip([widths[-1], *widths[::-1]], widths[::-1]):
+            # + wide: each block of `up` also gets the output of a block of `down`
             stage = [Block((wide if i else width_in) + wide, wide, embed_dim) for i in range(depth)]
             self.up.append(nn.ModuleList(stage))
-            width_in = wide
-        self.norm, self.conv_out = LayerNorm2d(width_in), zero_init(nn.Conv2d(width_in, channels, 3, padding=1))
+        self.norm, self.conv_out = LayerNorm2d(widths[0]), zero_init(nn.Conv2d(widths[0], channels, 3, padding=1))
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x, t):
@@ -531,10 +522,8 @@ class SampleConfig(common.SampleConfig):
 @torch.no_grad()
 def sample_latents(model, config, options, shape, clamp_for=None, resample_steps=1, callback=None):
     """Sample latents (options.num, *shape) in the VAE's scale. Latent i depends on the seed options.seed + i only.
-
     clamp_for(noise, rows) returns the clamp() of denoise() for these rows of the result, which start from this noise.
-    callback(latents, part) gets the states of the first batch. Raises UserError.
-    """
+    callback(latents, part) gets the states of the first batch. Raises UserError."""
     if model.denoiser is None:
         raise UserError("these weights are a VAE without a denoiser; name those of `train` with --weights")
     if options.steps > config.num_timesteps:
@@ -581,10 +570,10 @@ def encode(vae, x):
 
 
 @torch.no_grad()
-def decode(vae, latent):
-    """Latents -> RGB (B, 3, H, W) in [0, 1] on the CPU; 32 at a time."""
+def decode(vae, latent, size=(None, None)):
+    """Latents -> RGB (B, 3, H, W) in [0, 1] on the CPU; 32 at a time. size: (H, W) before encode() extended them."""
     parts = [vae.decode(part.to(vae.mean.device)).cpu() for part in latent.split(32)]
-    return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
+    return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)[:, :, : size[0], : size[1]]
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -602,8 +591,8 @@ def clamp_known(latent, positions, how, noise, alpha_bars):
     """clamp(x, t) for denoise(): the known latent at the kept positions, x elsewhere.
 
     how "mean" is the write-up's rule: the clean latent at every step. But in training the denoiser never saw clean
-    positions at a large t. "noised" gives them the noise of step t: sqrt(abar_t) z_0 + sqrt(1 - abar_t) noise, which is
-    clean at t = 0 (Lugmayr et al. 2022, eq. 8a). The noise is the same at all steps, as in DDIM's deterministic path.
+    positions at a large t. "noised" adds the noise of step t, none at t = 0 (Lugmayr et al. 2022, eq. 8a). The noise is
+    the same at all steps, as in DDIM's deterministic path.
     """
 
     def clamp(x, t):
@@ -631,7 +620,7 @@ def inpaint(model, config, x, keep, callback=None, **options):
 
     x: pictures (1 or num, 3, H, W) in [-1, 1], of any H and W. keep (H, W): 1 where pixels are kept. options: the
     fields of InpaintConfig. Returns the latents (num, C, h, w), which equal encode(vae, x) bit for bit at the kept
-    positions, and RGB (num, 3, H, W) in [0, 1]. callback(rgb, part) gets the states of the first batch. Raises
+    positions, and RGB (num, 3, H, W) in [0, 1]. callback(latents, part) gets the states of the first batch. Raises
     UserError where the mask keeps everything or no whole tile.
     """
     options = InpaintConfig(**options)
@@ -649,13 +638,9 @@ def inpaint(model, config, x, keep, callback=None, **options):
     def clamp_for(noise, rows):
         return clamp_known(normal[rows], positions, options.clamp, noise, alpha_bars)
 
-    def to_rgb(latents):
-        return decode(model.vae, latents)[:, :, : x.shape[2], : x.shape[3]]
-
-    show = callback and (lambda latents, part: callback(to_rgb(latents), part))
-    sampled = sample_latents(model, config, options, clean.shape[1:], clamp_for, options.resample_steps, show)
+    sampled = sample_latents(model, config, options, clean.shape[1:], clamp_for, options.resample_steps, callback)
     latents = torch.where(positions, clean, sampled)  # normalising and its inverse have rounded the kept ones
-    rgb = to_rgb(latents)
+    rgb = decode(model.vae, latents, x.shape[2:])
     return latents, torch.where(keep > 0, x / 2 + 0.5, rgb) if options.composite else rgb
 
 
@@ -663,26 +648,24 @@ def inpaint(model, config, x, keep, callback=None, **options):
 # Data and training: the VAE, then the denoiser of its latents
 
 
-PHOTOGRAPHS = (
-    "chelsea coffee rocket hubble_deep_field retina immunohistochemistry camera coins moon brick grass".split()
-)
+PHOTOGRAPHS = "chelsea coffee rocket hubble_deep_field retina immunohistochemistry camera coins moon brick grass"
 
 
-def photographs(*names):
+def photographs(names):
     """scikit-image's own photographs (Van der Walt et al. 2014), each as (1, 3, H, W) uint8."""
     import skimage.data
 
-    pictures = (Image.fromarray(getattr(skimage.data, name)()).convert("RGB") for name in names)
+    pictures = (Image.fromarray(getattr(skimage.data, name)()).convert("RGB") for name in names.split())
     return [common.picture_tensor([np.array(picture)]) for picture in pictures]
 
 
 def photo_crops(count, size):
     """(count, 3, size, size) uint8: random squares of PHOTOGRAPHS, half of them mirrored, of sides from `size` to the
     whole picture. The photograph `astronaut` is not among them, so that VAEs can be measured on it."""
-    rng, photos, crops = np.random.default_rng(0), photographs(*PHOTOGRAPHS), []
+    rng, photos, crops = np.random.default_rng(0), photographs(PHOTOGRAPHS), []
     for i in range(count):
         photo = photos[i % len(photos)]
-        side = int(size * (min(photo.shape[2:]) / size) ** rng.random())
+        side = min(int(size * (min(photo.shape[2:]) / size) ** rng.random()), *photo.shape[2:])
         top, left = (rng.integers(length - side + 1) for length in photo.shape[2:])
         crop = photo[:, :, top : top + side, left : left + side].float()
         crops.append(F.interpolate(crop.flip(-1) if i // len(photos) % 2 else crop, (size, size), mode="area"))
@@ -775,7 +758,6 @@ def train_vae(config):
     return run.finish()
 
 
-@torch.no_grad()
 def measure_latents(vae, pictures):
     """Set the VAE's mean and std to those of each latent channel over the first 300 pictures (N, 3, S, S) uint8."""
     latents = encode(vae, to_signed(pictures[:300]))
@@ -794,16 +776,16 @@ def vae_stage(config):
     return VAEConfig(**shared | own)
 
 
-def trained_vae(path, device):
-    """(VAE, the options that tell its sizes) of a run or checkpoint of this program, or of a published VAE."""
+def trained_vae(path, config, device):
+    """(VAE, config with its sizes); path: a run or checkpoint of this program, or a published VAE."""
     file = Path(path, "model.safetensors") if Path(path, "model.safetensors").exists() else Path(path)
     own = file.suffix == ".safetensors" and file.is_file() and common.load_tensors(file, header_only=True)[1]
     if not (own and own.get("system") == "serpentine_vae"):
-        vae = PublishedVAE(path, device)
-        return vae.to(device), {"channels": vae.channels}
-    model, config = load_model(path, device)
-    names = "channels", "vae_width", "encoder_depth", "decoder"
-    return model.vae.requires_grad_(False), {name: getattr(config, name) for name in names}
+        vae = PublishedVAE(path, device).to(device)
+        return vae, dataclasses.replace(config, channels=vae.channels)
+    model, own = load_model(path, device)
+    sizes = {name: getattr(own, name) for name in ("channels", "vae_width", "encoder_depth", "decoder")}
+    return model.vae.requires_grad_(False), dataclasses.replace(config, **sizes)
 
 
 def train(config):
@@ -816,9 +798,7 @@ def train(config):
         if code := train_vae(vae_stage(config)):
             return code
         config = dataclasses.replace(config, resume=None)  # the denoiser's run is new
-    vae, sizes = trained_vae(config.out if begun else config.vae or f"{config.out}-vae", device)
-    config = dataclasses.replace(config, **sizes)
-
+    vae, config = trained_vae(config.out if begun else config.vae or f"{config.out}-vae", config, device)
     run = Run(config, "serpentine_vae", may_change={"vae", "vae_minutes", "vae_steps"})
     pictures, _, loaded = load_data(config)
     if isinstance(vae, PublishedVAE) and not begun:
@@ -894,7 +874,7 @@ def inpaint_command(options):
         raise UserError(f"{sizes}; resize the mask")
     keep = ((mask >= 128) != options.invert).float()
     model, config = load_model(options.weights, common.pick_device(options.device))
-    frames, callback = common.record_frames(lambda rgb: make_grid(rgb[:16]), options.gif)
+    frames, callback = common.record_frames(lambda z: make_grid(decode(model.vae, z[:16], mask.shape)), options.gif)
     _, rgb = inpaint(model, config, x, keep, callback, **vars(options))
     common.write_samples(rgb, [f"{options.seed + i:06d}" for i in range(options.num)], options, frames)
     sheet, out = torch.cat((x / 2 + 0.5, keep.expand(1, 3, -1, -1), rgb)), Path(options.out)
@@ -919,8 +899,8 @@ def unseen_pictures(data, config):
 
 def reconstruct(vae, pictures):
     """(originals, reconstructions) of pictures (N, 3, H, W) uint8 of any size, both RGB in [0, 1]."""
-    x, (height, width) = to_signed(pictures), pictures.shape[2:]
-    return x / 2 + 0.5, decode(vae, encode(vae, x))[:, :, :height, :width]
+    x = to_signed(pictures)
+    return x / 2 + 0.5, decode(vae, encode(vae, x), x.shape[2:])
 
 
 def psnr_and_ssim(vae, pictures):
@@ -1043,9 +1023,8 @@ def schedule_command(options):
     noise = torch.randn(latent.shape, generator=generator(0)).to(latent)
     noisy = model.vae.normalise(add_noise(latent, noise, alpha_bars[times]), inverse=True)
     parts = {"signal": alpha_bars.sqrt(), "noise": (1 - alpha_bars).sqrt()}
-    curves = {
-        name: list(enumerate(part.tolist()))[1:] for name, part in parts.items()
-    }  # without step 0, where the noise is 0: the y axis is logarithmic
+    # Without step 0, where the noise is 0: the y axis is logarithmic.
+    curves = {name: list(enumerate(part.tolist()))[1:] for name, part in parts.items()}
     chart = common.chart("Factors of the clean latent and of the noise in z_t, by step t", curves)
     common.save_picture(common.stack_pictures([make_grid(decode(model.vae, noisy), 8), chart]), options.out)
     print(f"{options.out}: a picture at t = {', '.join(map(str, times))}")

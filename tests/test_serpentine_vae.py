@@ -526,6 +526,7 @@ def test_crops_of_photographs_are_the_same_each_time_and_never_of_astronaut():
     crops = serpentine.photo_crops(22, 32)
     assert crops.shape == (22, 3, 32, 32) and torch.equal(crops, serpentine.photo_crops(22, 32))
     assert len({crop.numpy().tobytes() for crop in crops}) == 22 and "astronaut" not in serpentine.PHOTOGRAPHS
+    assert serpentine.photo_crops(11, 320).shape == (11, 3, 320, 320)  # larger than some of the photographs
 
 
 def test_inpainting_as_the_write_up_does_it_is_one_option():

@@ -954,7 +954,8 @@ def make_optimizer(config, model, device, muon_modules=()):
     kind, betas, fused = getattr(config, "optimizer", "adamw"), (0.9, config.beta2), device.type != "mps"
     if kind == "muon":
         inside = {p for module in muon_modules for p in module.parameters() if p.dim() == 2}
-        matrices, others = ([p for p in parameters if (p in inside) == chosen] for chosen in (True, False))
+        matrices = [p for p in parameters if p in inside]
+        others = [p for p in parameters if p not in inside]
         optimizer = Muon(matrices, others, config.lr, betas, config.weight_decay, fused)
     elif kind == "adamw8bit":
         try:

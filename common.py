@@ -1,6 +1,5 @@
-"""What the systems share: first the mathematics (position embeddings, attention, rectified flow, DDPM), then the
-autoencoders, then what every training program needs (options, devices, random numbers, processes, checkpoints, pictures
-in and out, run folders), and last the painted pictures that all systems learn from by default.
+"""What the systems share: mathematics (position embeddings, attention, rectified flow, DDPM), autoencoders, what every
+training program needs (options, devices, processes, checkpoints, pictures, run folders), and painted pictures.
 
 Shape letters: B batch, C channels, H W height and width, N tokens, D width, h heads.
 """
@@ -48,18 +47,13 @@ from tqdm import tqdm
 # Positions and time
 
 
-def sincos_table(positions, dim, period=10_000.0):
-    """Cosines and sines of `positions` (any shape) at dim/2 frequencies that fall geometrically from 1 to 1/period, two
-    float32 tensors positions.shape + (dim/2,) (Vaswani et al. 2017, section 3.5)."""
-    exponent = torch.arange(dim // 2, device=positions.device, dtype=torch.float32) / (dim // 2)
-    angles = positions.float()[..., None] * period**-exponent
-    return angles.cos(), angles.sin()
-
-
 def timestep_embedding(t, dim):
-    """Timesteps or positions t of any shape -> t.shape + (dim,): cosines, then sines. Always float32: bfloat16 would
-    merge neighbouring timesteps. The caller gives t at the scale that its source uses."""
-    return torch.cat(sincos_table(t, dim), dim=-1)
+    """Timesteps or positions t of any shape -> t.shape + (dim,): cosines, then sines, at dim/2 frequencies that fall
+    geometrically from 1 to 1/10,000 (Vaswani et al. 2017, section 3.5). Always float32: bfloat16 would merge
+    neighbouring timesteps. The caller gives t at the scale that its source uses."""
+    exponent = torch.arange(dim // 2, device=t.device, dtype=torch.float32) / (dim // 2)
+    angles = t.float()[..., None] * 10_000.0**-exponent
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
 def sincos_2d(positions, dim):
@@ -70,7 +64,7 @@ def sincos_2d(positions, dim):
 def rope_2d(positions, head_dim):
     """Rotary tables of tokens at `positions` (N, 2): cosines and sines, each (N, head_dim/2). The first half of the
     angles follows the row, the second the column (two-dimensional RoFormer, Su et al. 2021, eq. 34)."""
-    return tuple(table.flatten(1) for table in sincos_table(positions, head_dim // 2))
+    return tuple(table.flatten(1) for table in timestep_embedding(positions, head_dim // 2).chunk(2, dim=-1))
 
 
 def apply_rope(x, rope):
@@ -95,8 +89,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t):
-        sinusoid = torch.cat(sincos_table(self.scale * t.float(), 256), dim=-1)
-        return self.mlp(sinusoid.to(self.mlp[0].weight.dtype))
+        return self.mlp(timestep_embedding(self.scale * t.float(), 256).to(self.mlp[0].weight.dtype))
 
 
 def modulate(x, shift, scale):
@@ -130,14 +123,12 @@ def flow_point(start, end, t):
 
 
 def integrate(step, x, times, callback):
-    """x <- step(x, t, t_next) along `times`. callback(x, t), if given, is called with every state, the first and the
-    last included."""
+    """x <- step(x, t, t_next) along `times`. callback(x, t), if given, gets all states, the first and last included."""
+    callback = callback or (lambda x, t: None)
     for t, t_next in itertools.pairwise(times):
-        if callback:
-            callback(x, t)
+        callback(x, t)
         x = step(x, t, t_next)
-    if callback:
-        callback(x, times[-1])
+    callback(x, times[-1])
     return x
 
 
@@ -162,13 +153,10 @@ def flow_heun(velocity, x, times, callback=None):
 
 
 def flow_dpm(velocity, x, times, callback=None):
-    """As flow_euler, with the second-order multistep solver DPM-Solver++ (Lu et al. 2022, algorithm 2).
-
-    Instead of the velocity it integrates the predicted data, x + (end - t) velocity, which change less from step to
-    step. The next one is extrapolated from the last two, along the logarithm of the signal-to-noise ratio. The network
-    is called once per step, and twice in the first, a Heun step, since at pure noise that logarithm is minus infinity;
-    the last step is Euler's.
-    """
+    """As flow_euler, with the second-order multistep solver DPM-Solver++ (Lu et al. 2022, algorithm 2). It integrates
+    the predicted data, x + (end - t) velocity, which change less from step to step, and extrapolates them from the last
+    two, along the logarithm of the signal-to-noise ratio. The first step is Heun's, since at pure noise that logarithm
+    is minus infinity, and the last one Euler's."""
     end, last = times[-1], None
 
     def log_snr(noise):
@@ -209,10 +197,8 @@ def alphas_cumprod(betas):
 
 def ddpm_step(x, eps, alpha_bar, alpha_bar_next, noise):
     """One step from x_t towards the data, to alpha_bar_next: a sample of q(x_next | x_t, x_0) (eq. 6 and 7). The two
-    alpha_bar, floats or 0-d tensors, may lie one or many of the thousand steps apart.
-
-    eps: the noise that the network predicts in x_t; noise: standard normal, 0 in the last step.
-    """
+    alpha_bar, floats or 0-d tensors, may lie many steps apart. eps: the noise that the network predicts in x_t; noise:
+    standard normal, 0 in the last step."""
     data = (x - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5
     alpha = alpha_bar / alpha_bar_next
     data_weight = alpha_bar_next**0.5 * (1 - alpha) / (1 - alpha_bar)
@@ -230,18 +216,16 @@ def ddim_step(x, eps, alpha_bar, alpha_bar_next, eta=0.0, noise=0):
 
 
 def clip_x0(x, eps, alpha_bar, data_max):
-    """The predicted noise eps, changed so that the data it implies lie in [-data_max, data_max]. Near alpha_bar = 0,
-    where those data are a small difference divided by sqrt(alpha_bar), they would leave it (as in Ho et al. 2020's
-    code)."""
+    """The predicted noise eps, changed so that the data it implies lie in [-data_max, data_max], as in Ho et al. 2020's
+    code: near alpha_bar = 0 they are a small difference divided by sqrt(alpha_bar), and would leave it."""
     data = ((x - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5).clamp(-data_max, data_max)
     return (x - alpha_bar**0.5 * data) / (1 - alpha_bar) ** 0.5
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Autoencoders, pictures <-> the latents that the diffusion models see, and LPIPS. Each autoencoder has
-#   encode  (B, 3, H, W) in [-1, 1] -> (B, latent_channels, H/stride, W/stride), about unit variance
-#   decode  the inverse
-# Parameter names are those of the published weights, and no parameter requires a gradient.
+# Autoencoders, pictures <-> the latents that the diffusion models see, and LPIPS. Each autoencoder has encode(),
+# (B, 3, H, W) in [-1, 1] -> (B, latent_channels, H/stride, W/stride) of about unit variance, and decode(), the inverse.
+# Parameter names are those of the published weights.
 
 
 class KLResnet(nn.Module):
@@ -290,22 +274,20 @@ class KLMiddle(nn.Module):
 
 
 class KLStage(nn.Sequential):
-    """The resnets of one resolution, then the change to the next: "upsamplers" double the sides of the map,
-    "downsamplers" halve them and pad right and below only; None at the last resolution."""
+    """The resnets of one resolution, then the change to the next: "upsamplers", "downsamplers" or, at the end, None."""
 
     def __init__(self, width_in, width, depth, change):
         super().__init__()
         self.resnets = nn.Sequential(*(KLResnet(width if i else width_in, width) for i in range(depth)))
         if change:
             up = change == "upsamplers"
-            resize = nn.Upsample(scale_factor=2.0) if up else nn.ZeroPad2d((0, 1, 0, 1))
+            resize = nn.Upsample(scale_factor=2.0) if up else nn.ZeroPad2d((0, 1, 0, 1))  # right and below only
             conv = nn.Conv2d(width, width, 3, stride=1 if up else 2, padding=1 if up else 0)
             self.add_module(change, nn.Sequential(nn.Sequential(collections.OrderedDict(resize=resize, conv=conv))))
 
 
 class KLHalf(nn.Sequential):
-    """The encoder (way "down": pictures to moments) or the decoder ("up": latents to pictures). widths: in the order of
-    the stages. The decoder has one resnet more in each stage."""
+    """The encoder (way "down": pictures to moments) or the decoder ("up"), whose stages have one resnet more."""
 
     def __init__(self, channels_in, channels_out, widths, way):
         first = {"conv_in": nn.Conv2d(channels_in, widths[0], 3, padding=1)}
@@ -327,9 +309,8 @@ def check_map(x, channels, multiple):
 
 
 def one_by_one(function, batch):
-    """function(batch) in float32. On a CPU one picture at a time: as fast, in a fraction of the memory, and the result
-    for a picture does not depend on its batch. Never computed in float16, whose largest number, 65504, the activations
-    of published autoencoders exceed."""
+    """function(batch) in float32. On a CPU one picture at a time: as fast, in a fraction of the memory. Never computed
+    in float16, whose largest number, 65504, the activations of published autoencoders exceed."""
     kind = batch.device.type
     parts = batch.split(1) if kind == "cpu" else [batch]
     in_fp16 = kind in ("cpu", "cuda") and torch.get_autocast_dtype(kind) == torch.float16
@@ -339,13 +320,10 @@ def one_by_one(function, batch):
 
 class AutoencoderKL(nn.Module):
     """The autoencoder of latent diffusion (Rombach et al. 2022, section 3.1): SD's and, with `batch_norm`, FLUX.2's.
-
-    SD's latents are multiplied by `scale`, 0.18215: one over their standard deviation, measured on training pictures.
-    (SDXL's file looks the same, but its scale is 0.13025; load_vae() reads it from the config.json beside the file.)
-    FLUX.2's are normalised in 2x2 patches, each of the 4 * latent_channels channels by the running statistics of a
-    batch norm that come with the weights.
-    widths, decoder_widths: channels at each resolution, highest first, multiples of 32.
-    """
+    SD's latents are multiplied by `scale`, one over their standard deviation on training pictures. (SDXL's file looks
+    the same, but its scale is 0.13025; load_vae() reads it from the config.json beside the file.) FLUX.2's are
+    normalised in 2x2 patches, each of their 4 * latent_channels channels by a batch norm's running statistics.
+    widths, decoder_widths: channels at each resolution, highest first, multiples of 32."""
 
     def __init__(self, latent_channels=4, widths=(128, 256, 512, 512), decoder_widths=None, batch_norm=False):
         super().__init__()
@@ -384,8 +362,7 @@ class AutoencoderKL(nn.Module):
 
 
 class TAEBlock(nn.Module):
-    """relu(x + three convolutions). With `pool`, two 1x1 convolutions around a GroupNorm first add to x what depends on
-    the whole map."""
+    """relu(x + three convolutions). With `pool`, a GroupNorm between 1x1 convolutions first adds a global part to x."""
 
     def __init__(self, pool=False):
         super().__init__()
@@ -401,9 +378,8 @@ class TAEBlock(nn.Module):
 
 
 class TAEF2(nn.Module):
-    """The tiny autoencoder for FLUX.2's latents (Ollin Boer Bohan, github.com/madebyollin/taesd, MIT): 2.7 million
-    parameters instead of 84 million. Its latents are the normalised ones of AutoencoderKL with FLUX.2's weights, so the
-    two are interchangeable. It has no posterior. Its own pixels are in [0, 1]; encode and decode convert."""
+    """The tiny autoencoder (2.7 million parameters, not 84) for FLUX.2's normalised latents (Ollin Boer Bohan,
+    github.com/madebyollin/taesd, MIT). It has no posterior. Its own pixels are in [0, 1]; encode and decode convert."""
 
     latent_channels, stride, patch = 32, 8, 1
 
@@ -420,18 +396,15 @@ class TAEF2(nn.Module):
         self.encoder, self.decoder = nn.Sequential(*down, conv(64, 32)), nn.Sequential(*up, conv(64, 3))
 
     def encode(self, x):
-        """x (B, 3, H, W) in [-1, 1] -> (B, 32, H/8, W/8)."""
         check_map(x, 3, self.stride)
         return one_by_one(self.encoder, (x + 1) / 2)
 
     def decode(self, latent):
-        """(B, 32, H, W) -> pictures (B, 3, 8H, 8W) in about [-1, 1]."""
         check_map(latent, self.latent_channels, 1)
         return one_by_one(self.decoder, (latent / 3).tanh() * 3) * 2 - 1
 
 
-# What other layouts call the parts, and what diffusers and this file call them. No name on the left occurs in one on
-# the right, so applying the table to this file's own layout changes nothing.
+# What other layouts call the parts, and what diffusers and this file call them; names on the right are never changed.
 # fmt: off
 VAE_NAMES = [
     # Latent diffusion, and Black Forest Labs, where the quant_convs are inside; both number the decoder from its end
@@ -456,8 +429,7 @@ VAE_FOLDERS = [
 def load_vae(path):
     """The autoencoder in a file or folder, recognised by the names of its weights: AutoencoderKL with those of SD
     (diffusers new and old, latent diffusion, a whole SD checkpoint) or FLUX.2 (diffusers, Black Forest Labs), or TAEF2.
-    float32, eval mode, parameters without gradients; `.hash` identifies the file. Raises UserError for anything else.
-    """
+    float32; `.hash` identifies the file. Raises UserError for anything else."""
     path, files, weights = Path(path), {"": ""}, {}
     if path.is_dir():
         files = next((f for f in VAE_FOLDERS if all((path / name).is_file() for name in f.values())), None)
@@ -482,7 +454,7 @@ def load_vae(path):
         return tuple(weights[k].shape[0] for k in names if k in weights and weights[k].dim() == 4)
 
     down, up, batch_norm = widths("encoder.down_blocks"), widths("decoder.up_blocks"), "bn.running_mean" in weights
-    channels = weights.get("post_quant_conv.bias", torch.empty(0)).numel()
+    channels = len(weights.get("post_quant_conv.bias", ()))
     with torch.device("meta"):
         if "encoder.11.pool.0.weight" in weights:
             vae = TAEF2()
@@ -602,11 +574,8 @@ def printable(text):
 
 
 def option(default, help, choices=None, low=-math.inf, high=math.inf, flag=None, positional=False, picture=False):
-    """A dataclass field that is also a command-line option.
-
-    choices, low, high: the values allowed. flag: the option's name where it is not the field's. positional: the words
-    that follow the subcommand. picture: the value names a picture file to be written.
-    """
+    """A dataclass field that is also a command-line option. choices, low, high: the values allowed. flag: its name if
+    not the field's. positional: the words that follow the subcommand. picture: it names a picture file to write."""
     limits = dict(help=help, choices=choices, low=low, high=high, flag=flag, positional=positional, picture=picture)
     return dataclasses.field(default=default, metadata=limits)
 
@@ -669,7 +638,7 @@ def flag_of(field):
 
 
 def check_config(config):
-    """Turn lists, as argparse and JSON give them, into tuples. Raise UserError for a value that is not allowed."""
+    """The config, with tuples for lists, as argparse and JSON give them. Raises UserError for a value out of range."""
     for field in dataclasses.fields(config):
         value, limits, flag = getattr(config, field.name), field.metadata, flag_of(field)
         if isinstance(value, list):
@@ -682,18 +651,16 @@ def check_config(config):
                 raise UserError(f"{flag} {v}: must be a number from {low} to {high}")
             if v and limits["picture"]:
                 picture_format(v)
+    return config
 
 
 def config_from_header(config_class, header, path):
     """The Config in a checkpoint's header. Fields that are no longer options are ignored. Raises UserError."""
     with reading(path, "checkpoint of this program"):
-        known = {field.name for field in dataclasses.fields(config_class)}
-        values = {name: value for name, value in header["config"].items() if name in known}
+        values = {k: v for k, v in header["config"].items() if k in config_class.__dataclass_fields__}
         if isinstance(values.get("data"), str):  # one path, in older checkpoints
             values["data"] = [values["data"]]
-        config = config_class(**values)
-        check_config(config)
-    return config
+        return check_config(config_class(**values))
 
 
 def make_config(config_class, given, presets=None, system=""):
@@ -714,8 +681,7 @@ def make_config(config_class, given, presets=None, system=""):
     config = config_class(**(base | given))
     if isinstance(config, TrainConfig | SampleConfig) and not config.out:
         config.out = f"runs/{system}" if isinstance(config, TrainConfig) else f"samples/{system}.png"
-    check_config(config)
-    return config
+    return check_config(config)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -748,11 +714,8 @@ def add_options(parser, config_class, preset):
 
 
 def run_command_line(system, doc, subcommands, argv=None):
-    """Run `python FILE.py SUBCOMMAND [options]` and return the exit code.
-
-    system: the file's name without .py; doc: its docstring; subcommands: name -> (function of a config, config class,
-    presets or None, one line of help). This is the one place where errors become a line on stderr.
-    """
+    """Run `python FILE.py SUBCOMMAND [options]` and return the exit code; here alone errors become a line on stderr.
+    subcommands: name -> (function of a config, config class, presets or None, one line of help)."""
     parser = OneLineParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parsers = parser.add_subparsers(dest="subcommand", metavar="SUBCOMMAND")
     for name, (_, config_class, presets, help) in subcommands.items():
@@ -775,10 +738,9 @@ def run_command_line(system, doc, subcommands, argv=None):
         function, config_class, presets, _ = subcommands[subcommand]
         code = function(make_config(config_class, given, presets, system)) or 0
     except (UserError, OSError, MemoryError, RuntimeError) as problem:
-        no_memory = isinstance(problem, MemoryError)
-        if isinstance(problem, RuntimeError) and not (no_memory := "allocate" in str(problem)):  # "Tried to allocate"
+        if isinstance(problem, RuntimeError) and "allocate" not in str(problem):  # torch's "Tried to allocate"
             raise
-        if no_memory:
+        if isinstance(problem, MemoryError | RuntimeError):
             problem = "out of memory; lower --batch-size or the pictures' size, or raise --grad-accum"
         print(f"error in process {rank()}:" if rank() else "error:", printable(problem), file=sys.stderr)
         code = 2
@@ -844,11 +806,8 @@ def noise_for(seeds, shape, device):
 
 
 class BatchRng:
-    """Random numbers for a batch. Every process computes the numbers of the whole batch and keeps those of its own
-    rows, so that a picture's numbers do not depend on --grad-accum or on the number of processes.
-
-    count: rows of the whole batch; rows: a slice of them; key: as in generator().
-    """
+    """Random numbers for `rows`, a slice of a batch of `count`. Every process computes those of the whole batch, so
+    that a picture's do not depend on --grad-accum or on the number of processes. key: as in generator()."""
 
     def __init__(self, count, *key, rows=slice(None), device="cpu"):
         self.count, self.rows, self.generator = count, rows, generator(*key, device=device)
@@ -925,9 +884,8 @@ def all_max(*numbers):
 
 
 def parallelize(config, model, ema, device, blocks):
-    """Move model and ema to the device; return the module to train with: the model itself or, under torchrun,
-    DistributedDataParallel around it. With --fsdp model and ema are sharded (FSDP2), each module of blocks(net) on its
-    own, and the model itself is returned."""
+    """Move model and ema to the device; return the module to train with: the model, or DistributedDataParallel around
+    it. With --fsdp model and ema are sharded (FSDP2), each module of blocks(net) on its own."""
     if dist.is_initialized() and config.fsdp:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -947,8 +905,7 @@ def parallelize(config, model, ema, device, blocks):
     if not dist.is_initialized():
         return model
     torch._dynamo.config.optimize_ddp = False  # it would split the compiled blocks
-    gpu = [device] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, gpu, gradient_as_bucket_view=True)
+    return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def micro_batches(config):
@@ -962,9 +919,8 @@ def micro_batches(config):
 
 
 def lr_factor(progress, step, warmup, decay):
-    """The learning rate as a factor of its peak: a linear rise, then a fall to zero along a cosine or a line, or none.
-    progress: part of the budget that is used, 0 to 1; step: optimizer steps that are done; warmup: part of the budget
-    or, from 1 on, a number of steps."""
+    """The learning rate as a factor of its peak. progress: part of the budget that is used, 0 to 1; step: optimizer
+    steps that are done; warmup: part of the budget or, from 1 on, a number of steps."""
     rise = (step + 1) / warmup if warmup >= 1 else progress / warmup if warmup else 1.0
     start = warmup if warmup < 1 else 0.0
     passed = max(0.0, progress - start) / (1 - start)
@@ -997,9 +953,9 @@ def make_optimizer(config, model, device, muon_modules=()):
     parameters = [p for p in model.parameters() if p.requires_grad]
     kind, betas, fused = getattr(config, "optimizer", "adamw"), (0.9, config.beta2), device.type != "mps"
     if kind == "muon":
-        matrices = [p for module in muon_modules for p in module.parameters() if p.dim() == 2 and p.requires_grad]
-        chosen = set(matrices)
-        others = [p for p in parameters if p not in chosen]
+        inside = {p for module in muon_modules for p in module.parameters() if p.dim() == 2}
+        matrices = [p for p in parameters if p in inside]
+        others = [p for p in parameters if p not in inside]
         optimizer = Muon(matrices, others, config.lr, betas, config.weight_decay, fused)
     elif kind == "adamw8bit":
         try:
@@ -1070,18 +1026,15 @@ def save_text(path, text):
 
 
 def save_tensors(path, tensors, header):
-    """Write name -> tensor as safetensors, with `header`, any JSON value, under the metadata key "config". Sharded
-    tensors are gathered, so all processes must call this."""
+    """Write safetensors, with `header` as JSON under the key "config". All processes call this: it gathers shards."""
     tensors = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors.items()}
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()} if rank() == 0 else {}
     write_file(path, lambda part: save_file(tensors, part, metadata={"config": json.dumps(header)}))
 
 
 def load_tensors(path, header_only=False):
-    """(name -> tensor, header or None) of a weight file or of a run folder's model.safetensors. The prefixes that
-    torch.compile and DistributedDataParallel give to names are taken off. A .pt, .pth, .ckpt or .bin file is unpickled
-    with weights_only, so that no code in it can run. header_only: read no tensors of a safetensors file. Raises
-    UserError."""
+    """(name -> tensor, header or None) of a weight file or of a run folder's model.safetensors. A pickled file is read
+    with weights_only, so that no code in it can run. header_only: no tensors of safetensors. Raises UserError."""
     path = Path(path)
     path = path / "model.safetensors" if path.is_dir() else path
     if not path.is_file():
@@ -1176,8 +1129,7 @@ CAPTION_FIELDS = "text", "caption", "prompt", "description"
 
 
 class Row(typing.NamedTuple):
-    """A picture of a data set: its name, its file or bytes, and what is written about it. fields: those of its record
-    of metadata."""
+    """A picture of a data set and what is written about it. fields: those of its record of metadata."""
 
     name: str
     picture: Path | bytes
@@ -1188,10 +1140,9 @@ class Row(typing.NamedTuple):
 
 @dataclasses.dataclass
 class Pictures:
-    """A data set in memory: pictures (N, 3, size, size) uint8, and a name, a caption and tags for each. skipped: a line
-    for each picture that could not be read; fields: those of the metadata, sorted."""
+    """A data set in memory. skipped: a line for each unreadable picture; fields: those of the metadata, sorted."""
 
-    pictures: torch.Tensor
+    pictures: torch.Tensor  # (N, 3, size, size) uint8
     names: list[str]
     captions: list[str]
     tags: list[list[str]]
@@ -1238,65 +1189,51 @@ def read_picture(source, size):
     return np.asarray(ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS))
 
 
-def caption_and_tags(record):
-    """(caption, tags) of a metadata record: the first of CAPTION_FIELDS that is not empty; tags as a list or separated
-    by commas."""
-    captions = (record[key].strip() for key in CAPTION_FIELDS if isinstance(record.get(key), str))
+def make_row(name, picture, record, text=""):
+    """A Row. Its caption is the first of CAPTION_FIELDS in the record that is not empty, or else `text`."""
+    captions = [record[key] for key in CAPTION_FIELDS if isinstance(record.get(key), str)]
+    caption = next(filter(None, map(str.strip, [*captions, text])), "")
     tags = record.get("tags") or []
     tags = tags.split(",") if isinstance(tags, str) else tags
-    return next(filter(None, captions), ""), [str(tag).strip() for tag in tags]
+    return Row(name, picture, caption, [str(tag).strip() for tag in tags], tuple(record))
 
 
-def folder_records(files, pictures):
-    """picture -> its record in metadata.jsonl or metadata.csv, as in Hugging Face's imagefolder. A row whose file_name
-    is no picture (another folder, an absolute path, backslashes, other capitals or Unicode) belongs to the one picture
-    that has the same name without its folder; rows that match none are counted."""
+def folder_rows(folder):
+    """The pictures below a folder, sorted by name, without hidden ones. Captions are in metadata.jsonl or .csv, as in
+    Hugging Face's imagefolder, or in .txt or .caption files beside the pictures. A row whose file_name is no picture
+    (another folder, backslashes, other capitals or Unicode) belongs to the one that has that name in any folder."""
 
     def last_part(path):
         return unicodedata.normalize("NFC", re.split(r"[/\\]", str(path))[-1]).casefold()
 
-    by_name, records, lost = collections.defaultdict(list), {}, []
-    for path in pictures:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    suffixes, by_name, lost = Image.registered_extensions(), collections.defaultdict(list), []
+    records = {path: {} for path in files if path.suffix.lower() in suffixes}  # picture -> its row of metadata
+    for path in records:
         by_name[last_part(path)].append(path)
-    for path in files:
-        if path.name not in ("metadata.jsonl", "metadata.csv"):
-            continue
+    for path in (path for path in files if path.name in ("metadata.jsonl", "metadata.csv")):
         with reading(path, "table of pictures, with file_name and text or tags in each row"):
             lines = io.StringIO(path.read_text("utf-8-sig"))
             for record in csv.DictReader(lines) if path.suffix == ".csv" else map(json.loads, filter(str.strip, lines)):
                 if not isinstance(record.get("file_name"), str):
                     raise ValueError(f"no file_name among {', '.join(record)}")
                 named = path.parent / record["file_name"]
-                same = [named] if named in pictures else by_name[last_part(named)]
+                same = [named] if named in records else by_name[last_part(named)]
                 if len(same) == 1:
                     records[same[0]] = record
                 else:
                     lost.append(named)
     if lost:
         print(printable(f"{len(lost)} rows of metadata match no picture, such as {lost[0]}, which is not there"))
-    return records
-
-
-def folder_rows(folder):
-    """The pictures below a folder, sorted by name, with the captions and tags of a metadata table, or else with the
-    caption in a .txt or .caption file beside each. Hidden files and folders are left out."""
-    suffixes = Image.registered_extensions()
-    parts = ((path, path.relative_to(folder).parts) for path in folder.rglob("*") if path.is_file())
-    files = sorted(path for path, names in parts if not any(name.startswith(".") for name in names))
-    pictures = dict.fromkeys(path for path in files if path.suffix.lower() in suffixes)
-    records = folder_records(files, pictures)
-    for path in pictures:
-        record = records.get(path, {})
-        caption, tags = caption_and_tags(record)
-        beside = [path.with_suffix(".txt"), path.with_suffix(".caption")]
-        for file in filter(Path.is_file, [] if caption else beside):
-            caption = file.read_text("utf-8-sig", "replace").strip()
-        yield Row(path.relative_to(folder).as_posix(), path, caption, tags, tuple(record))
+    for path, record in records.items():
+        beside = filter(Path.is_file, (path.with_suffix(".caption"), path.with_suffix(".txt")))
+        text = next((file.read_text("utf-8-sig", "replace") for file in beside), "")
+        yield make_row(path.relative_to(folder).as_posix(), path, record, text)
 
 
 def tar_rows(path):
-    """The samples of a webdataset file: members that share a name up to the first dot of its last part, one of them a
-    picture and perhaps a .json or .txt."""
+    """The samples of a webdataset file: members that share a name up to its first dot, a picture and .json or .txt."""
     suffixes = Image.registered_extensions()
     with tarfile.open(path) as file:
         # x/0001.seg.png -> (x/0001, .seg.png, member)
@@ -1304,11 +1241,9 @@ def tar_rows(path):
         for _, sample in itertools.groupby(members, lambda member: member[0]):
             parts = {kind.lower(): (m.name, file.extractfile(m).read()) for _, kind, m in sample}
             record = json.loads(parts[".json"][1]) if ".json" in parts else {}
-            caption, tags = caption_and_tags(record)
-            if not caption and ".txt" in parts:
-                caption = parts[".txt"][1].decode("utf-8", "replace").strip()
+            text = parts[".txt"][1].decode("utf-8", "replace") if ".txt" in parts else ""
             for kind in list(filter(suffixes.get, parts))[:1]:
-                yield Row(*parts[kind], caption, tags, tuple(record))
+                yield make_row(*parts[kind], record, text)
 
 
 def parquet_rows(path):
@@ -1322,13 +1257,11 @@ def parquet_rows(path):
         column = next((value for value in record.values() if isinstance(value, dict) and "bytes" in value), None)
         if not column:
             raise ValueError(f"no column of pictures among {', '.join(record)}")
-        name = column.get("path") or f"{path.stem}-{number:06d}"
-        yield Row(name, column["bytes"] or b"", *caption_and_tags(record), tuple(record))
+        yield make_row(column.get("path") or f"{path.stem}-{number:06d}", column["bytes"] or b"", record)
 
 
 def find_rows(data):
-    """The Row of each picture in folders, .tar and .parquet files, in an order that is the same everywhere. Raises
-    UserError for what is none of these."""
+    """The Row of each picture in folders, .tar and .parquet files, always in the same order. Raises UserError."""
     for name in data:
         path = Path(name)
         kind = {".tar": tar_rows, ".parquet": parquet_rows}.get(path.suffix.lower())
@@ -1343,9 +1276,8 @@ def find_rows(data):
 
 
 def decode_rows(rows, size, skipped):
-    """(row, (size, size, 3) uint8) for each Row whose picture is readable; for each other one, a line that says why is
-    added to the list `skipped`. Threads decode, since Pillow works outside Python's lock; few of them, since a large
-    picture takes half a gigabyte."""
+    """(row, (size, size, 3) uint8) for each Row whose picture is readable; for others `skipped` gets a line. Threads
+    decode, since Pillow works outside Python's lock; few of them, since a large picture takes half a gigabyte."""
 
     def decode(row):
         try:
@@ -1426,8 +1358,7 @@ def random_flip(x, probability, rng):
 
 
 def batch_index(config, count, step):
-    """The samples of optimizer step `step`, a list of config.batch_size numbers below count: the data in a new order in
-    each epoch, as a function of the step alone."""
+    """The config.batch_size sample numbers, below count, of a step: in a new order in each epoch."""
     numbers = range(step * config.batch_size, (step + 1) * config.batch_size)
     epochs = {n // count for n in numbers}
     orders = {epoch: torch.randperm(count, generator=generator(config.seed, epoch, 5)) for epoch in epochs}
@@ -1460,14 +1391,11 @@ def version(picture):
     return picture.stat().st_size, picture.stat().st_mtime_ns
 
 
+@torch.no_grad()
 def write_shards(config, header, encode, extra=None):
-    """Encode the pictures of config.data into config.out, config.shard_size in each file. Each file is written whole,
-    so that after a kill the same call goes on with the first file that is missing.
-
-    header: what all files have in common, such as the encoder's hash; encode(pictures (B, 3, S, S) in [-1, 1], rows)
-    -> name -> tensor of B rows; extra: name -> tensor, in every file. Returns (number of pictures, skipped lines).
-    Raises UserError.
-    """
+    """Encode the pictures of config.data into files of config.out; after a kill the same call goes on with the first
+    one missing. header: what all files have in common; encode(pictures (B, 3, S, S) in [-1, 1], rows) -> name -> tensor
+    of B rows; extra: name -> tensor, in every file. Returns (number of pictures, skipped lines). Raises UserError."""
     rows = itertools.islice(find_rows(config.data), config.num_samples)
     rows, done, skipped = iter(tqdm(rows, "encoding", unit=" pictures")), 0, []
     for number in itertools.count():
@@ -1477,24 +1405,23 @@ def write_shards(config, header, encode, extra=None):
         path = Path(config.out) / f"shard_{number:05d}.safetensors"
         about = header | {"source": [[row.name, *version(row.picture)] for row in part]}
         if path.exists():
-            _, found = load_tensors(path, header_only=True)
-            if not found or any(found.get(key) != value for key, value in about.items()):
-                old = (found or {}).get("source", [])
-                stale = next((f" ({new[0]} differs)" for new, was in zip(about["source"], old) if new != was), "")
+            found = load_tensors(path, header_only=True)[1] or {}
+            if any(found.get(key) != value for key, value in about.items()):
+                pairs = zip(about["source"], found.get("source", []))
+                stale = next((f" ({new[0]} differs)" for new, old in pairs if new != old), "")
                 what = f"was made from other pictures or settings; delete it or name another --out{stale}"
                 raise UserError(f"{path} {what}")
         else:
-            unread, batches = [], []
+            unread, batches = [], collections.defaultdict(list)
             good = list(decode_rows(part, config.image_size, unread))
             for start in range(0, len(good), config.batch_size):
                 some, pictures = zip(*good[start : start + config.batch_size])
-                with torch.no_grad():
-                    batch = encode(picture_tensor(pictures) / 127.5 - 1, some)
-                batches.append({name: t.bfloat16().cpu() for name, t in batch.items()})
-                for row, *values in zip(some, *batches[-1].values()):
-                    if not all(value.isfinite().all() for value in values):
-                        raise UserError(f"{row.name}: its latent is not finite; try --precision fp32")
-            tensors = {name: torch.cat([batch[name] for batch in batches]) for name in (batches[0] if batches else ())}
+                for name, tensor in encode(picture_tensor(pictures) / 127.5 - 1, some).items():
+                    batches[name].append(tensor.bfloat16().cpu())
+                    for row, value in zip(some, batches[name][-1]):
+                        if not value.isfinite().all():
+                            raise UserError(f"{row.name}: its latent is not finite; try --precision fp32")
+            tensors = {name: torch.cat(parts) for name, parts in batches.items()}
             found = about | {"rows": [[row.name, row.caption, row.tags] for row, _ in good], "skipped": unread}
             save_tensors(path, tensors | (extra or {}), found)
         done += len(found["rows"])
@@ -1507,12 +1434,8 @@ def has_shards(data):
 
 
 class Shards:
-    """A folder of shards. The files are mapped into memory and only the rows of a batch are read, so 200,000 latents
-    and texts need 25 GB of disk but little memory. Raises UserError.
-
-    tensors: the names that read() returns. names, captions, tags: of each sample; header: what all files have in
-    common; skipped: lines about unreadable pictures.
-    """
+    """A folder of shards. The files are mapped into memory, so 200,000 latents and texts need 25 GB of disk but little
+    memory. tensors: the names that read() returns; header: what all files have in common. Raises UserError."""
 
     def __init__(self, folder, tensors):
         self.tensors, self.places, self.skipped, rows, headers = tensors, [], [], [], []
@@ -1523,7 +1446,7 @@ class Shards:
                 if header["rows"] and not set(tensors) <= set(file.keys()):
                     raise ValueError("it has other tensors")
                 self.places += [(file, row) for row in range(len(header["rows"]))]
-                rows += [(name, caption, tags) for name, caption, tags in header.pop("rows")]
+                rows += header.pop("rows")
                 self.skipped += header.pop("skipped")
                 header.pop("source")
                 headers.append(header)
@@ -1598,9 +1521,8 @@ def record_frames(to_picture, wanted=True):
 
 
 def write_samples(rgb, names, config, frames=(), columns=None):
-    """Write the samples (B, 3, H, W) in [0, 1]: a grid to config.out, single pictures to config.each under their names,
-    and the frames to config.gif, an animation that rests on the last one. Raises UserError for numbers that are not
-    finite, which would be black."""
+    """Write samples (B, 3, H, W) in [0, 1]: a grid to config.out, single pictures to config.each under their names, and
+    the frames to config.gif. Raises UserError for numbers that are not finite, which would be black."""
     if not rgb.isfinite().all():
         raise UserError("the samples are not finite numbers; try --precision fp32, or an earlier checkpoint")
     save_picture(make_grid(rgb, columns), config.out)
@@ -1666,16 +1588,12 @@ def html_table(rows):
     return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
-PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 15px/1.5 sans-serif; max-width: 70rem; margin: 2rem auto }}
-figure {{ display: inline-block; margin: 0 .5rem }} td {{ padding-right: 1rem; border-bottom: 1px solid #ddd }}
-</style><h1>{title}</h1>{body}</html>
-"""
-
-
 def save_page(path, title, body):
     """Write an HTML page that needs no other file and no script."""
-    save_text(path, PAGE.format(title=html.escape(title), body=body))
+    head = f'<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>'
+    style = "body {font: 15px/1.5 sans-serif; max-width: 70rem; margin: 2rem auto} figure {display: inline-block}"
+    style += " td {padding-right: 1rem; border-bottom: 1px solid #ddd}</style>"
+    save_text(path, f"{head}{style}<h1>{html.escape(title)}</h1>{body}</html>\n")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -1692,8 +1610,7 @@ MAY_CHANGE |= {"checkpoint_every", "fsdp", "resume"}
 
 
 def read_log(folder):
-    """The lines of a run's log.csv as dictionaries of text. Damaged lines, such as one that was cut short, are left
-    out."""
+    """The lines of a run's log.csv as dictionaries of text, without damaged ones, such as one that was cut short."""
     log = folder / "log.csv"
     lines = log.read_text("utf-8", "replace").splitlines() if log.exists() else []
     pattern = rf"\d+(,[-+.e\d]*){{{len(LOG_COLUMNS) - 1}}}"
@@ -1701,13 +1618,9 @@ def read_log(folder):
 
 
 class Run:
-    """A run folder and its clock. A training loop calls start(), for each of steps() add() in each pass,
-    log(), save() if checkpoint_due and save_pictures() if pictures_due; and finish().
-
-    header: what the checkpoints' headers hold beside system, step and config. step, images: what is done so far;
-    progress: the part of the budget that is used, 0 to 1. endless: whether a run may lack a budget and go
-    on until Ctrl-C. Raises UserError if the folder holds another run.
-    """
+    """A run folder and its clock. A training loop calls start(), for each of steps() add() in each pass, log(), save()
+    if checkpoint_due and save_pictures() if pictures_due; and finish(). header: what the checkpoints' headers hold
+    beside system, step and config. endless: a run without a budget may go on until Ctrl-C. Raises UserError."""
 
     def __init__(self, config, system, may_change=(), endless=False):
         self.config, self.system, self.folder = config, system, Path(config.out)
@@ -1729,18 +1642,14 @@ class Run:
         if has_state and self.config.resume is None and not restarted:
             raise UserError(f"{self.folder} holds a run; add --resume to go on with it, or name another --out")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.folder / ".lock", "a+")  # noqa: SIM115
+        self.lock = open(self.folder / ".lock", "w")  # noqa: SIM115
         with contextlib.suppress(ImportError):  # Windows has no such lock
             import fcntl
 
             try:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                self.lock.seek(0)
-                what = f"another run is writing to {self.folder}; name another --out"
-                raise UserError(f"{what} (process {self.lock.read().strip()})") from None
-        self.lock.truncate(0)
-        print(os.getpid(), file=self.lock, flush=True)
+                raise UserError(f"another run is writing to {self.folder}; name another --out") from None
         for path in [*self.folder.glob(".*.part"), *self.folder.glob(".tmp*")]:  # a run killed while it wrote
             path.unlink()
         return has_state
@@ -1774,8 +1683,7 @@ class Run:
         return min(1.0, max(by_steps, by_time))
 
     def steps(self):
-        """The numbers of the steps that are left. Ctrl-C, SIGTERM and SIGHUP set `interrupted`, and the run ends after
-        the current step with a checkpoint."""
+        """The numbers of the steps that are left. Ctrl-C, SIGTERM and SIGHUP end the run after a step, with a save."""
         self.started, self.window_started = time.perf_counter() - self.now, self.now
         self.done = self.progress >= 1
 
@@ -1820,10 +1728,7 @@ class Run:
         self.images += len(rows)
         self.passes = []
         self.window.append((rows, grad_norm))
-        self.now = time.perf_counter() - self.started
-        stop = self.interrupted
-        if dist.is_initialized():
-            self.now, stop = all_max(self.now, stop)
+        self.now, stop = all_max(time.perf_counter() - self.started, self.interrupted)
         if stop:  # (not assigned otherwise: a signal may have come in between)
             self.interrupted = True
         if self.step == 1:
@@ -1875,12 +1780,11 @@ class Run:
         if not header or header.get("system") != self.system:
             raise UserError(f"{self.state_path} is not a run of {self.system}.py; name another --out")
         with reading(self.state_path, "checkpoint"):
-            ours, config = json.loads(json.dumps(self.settings())), dict(header["config"])
-            flags = {field.name: flag_of(field) for field in dataclasses.fields(self.config)}
-            for name, value in config.items():
+            ours = json.loads(json.dumps(self.settings()))
+            for name, value in header["config"].items():
                 own = ours["config"].get(name, value)
                 if name not in self.may_change and own != value:
-                    flag = flags.get(name, name)
+                    flag = flag_of(self.config.__dataclass_fields__[name])
                     raise UserError(f"{self.folder} was made with {flag} {value}, not {own}; leave {flag} out")
             for name in self.header:
                 if header.get(name) != ours[name] and not isinstance(ours[name], float):
@@ -1957,12 +1861,10 @@ def export(system):
 # every machine, so that a data set needs no download. These are the default data (`--data drawn`).
 #
 # What there is to paint is in assets/faces.json and assets/scenes.json: key -> shapes, painted in their order. The key
-# is what the caption calls the thing; {} stands for a colour's name. A shape is [colour, outline], an outline a list of
-# points [x, y], the control points of a closed quadratic B-spline; a point given twice is a sharp corner. x grows to
-# the right and y downwards, and the picture, or a scene's thing, reaches from -1 to 1 both ways. A colour is one of
-# Pillow's or depends on the picture: skin, hair, cloth, trim and the mixtures under "shades" of a face; body, deep,
-# light, blush, face, the colours under "details", ground and pale of a scene. A hair style has two layers, "behind" the
-# head and "dome" before it. "avoid" lists the backgrounds on which a scene's colour would not be seen.
+# is what the caption calls the thing; {} stands for a colour's name. A shape is [colour, outline], an outline the
+# control points [x, y] of a closed quadratic B-spline; a point given twice is a sharp corner. x grows to the right and
+# y downwards, from -1 to 1. A colour is one of Pillow's or depends on the picture. "avoid" lists the backgrounds on
+# which a scene's colour would not be seen.
 
 PAINTS = {"white": (255, 255, 255), "ink": (52, 34, 56), "plum": (74, 28, 72), "rose": (235, 80, 100)}
 PAINTS |= {"rust": (150, 55, 45)}
@@ -2069,8 +1971,7 @@ def paint_face(seed: int, size: int = 80) -> tuple[Image.Image, str, list[str]]:
 
 
 def paint_scene(seed, size=64):
-    """Scene number `seed`: (RGB picture size x size, caption, names of its things). Captions leave things out, but all
-    that they tell is true."""
+    """Scene number `seed`: (RGB picture size x size, caption, names of its things)."""
     rng, tables = random.Random(seed), picture_tables("scenes")
     white, ink = PAINTS["white"], PAINTS["ink"]
 
@@ -2081,8 +1982,7 @@ def paint_scene(seed, size=64):
     def name(*words):
         return with_article(" ".join(filter(None, words)))
 
-    # Half of the captions are short, as people's prompts are. A quarter say more about one thing, a quarter are about
-    # two things.
+    # Half of the captions are short, a quarter say more about one thing, a quarter are about two things.
     kind = rng.choices(["short", "long", "two"], [2, 1, 1])[0]
     hues = rng.sample(list(tables["colours"]), 2 if kind == "two" else 1)
     things = [rng.choice(list(tables["things"])) for _ in hues]

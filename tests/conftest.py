@@ -1,3 +1,4 @@
+import json
 import os
 import random
 import subprocess
@@ -108,3 +109,21 @@ def seeded():
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
+
+
+def random_weights(model, std=0.1):
+    """The model with weights that are all random: no gate is zero and hides what lies behind it."""
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.normal_(0, std, generator=rng)
+    return model.eval()
+
+
+def read_fixture(name):
+    return json.loads((FIXTURES / f"{name}.json").read_text())
+
+
+def shapes(weights):
+    return {name: list(tensor.shape) for name, tensor in weights.items()}

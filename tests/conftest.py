@@ -1,7 +1,6 @@
+import json
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # two processes with a core each; torch reads this when it is imported
@@ -21,30 +20,6 @@ ENVIRONMENT = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "
 # A JiT so small that a run takes a second or two.
 TINY = dict(image_size=16, patch_size=4, hidden_size=32, depth=2, num_heads=2, bottleneck_dim=8)
 TINY_FLAGS = [word for k, v in TINY.items() for word in ("--" + k.replace("_", "-"), str(v))]
-
-
-@pytest.fixture
-def tiny_config():
-    import jit_lab
-
-    return lambda **changes: jit_lab.Config(**(TINY | changes))
-
-
-@pytest.fixture
-def awake_model():
-    """A tiny JiT whose weights are all random: no gate is zero and hides what lies behind it."""
-    import jit_lab
-
-    def make(config, seed=0):
-        torch.manual_seed(seed)
-        model = jit_lab.build_model(config)
-        with torch.no_grad():
-            for p in model.parameters():
-                if p.requires_grad:
-                    p.normal_(std=0.2)
-        return model.eval()
-
-    return make
 
 
 @pytest.fixture
@@ -77,21 +52,6 @@ def partners(tmp_path):
     return tmp_path / "vae.safetensors", folder
 
 
-@pytest.fixture
-def command(tmp_path):
-    """Run a model file's command line as a user would, in an empty folder: (exit code, stdout, stderr)."""
-
-    def run(*words, file="jit_lab.py", prefix=(), **options):
-        words = [*prefix, sys.executable, ROOT / file, *words]
-        environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
-        done = subprocess.run(
-            list(map(str, words)), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, **options
-        )
-        return done.returncode, done.stdout, done.stderr
-
-    return run
-
-
 @pytest.fixture(autouse=True)
 def pictures_at_the_end_only(monkeypatch):
     """In place of six times in a run, which takes longer than the training of a tiny model."""
@@ -108,3 +68,21 @@ def seeded():
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
+
+
+def random_weights(model, std=0.1):
+    """The model with weights that are all random: no gate is zero and hides what lies behind it."""
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.normal_(0, std, generator=rng)
+    return model.eval()
+
+
+def read_fixture(name):
+    return json.loads((FIXTURES / f"{name}.json").read_text())
+
+
+def shapes(weights):
+    return {name: list(tensor.shape) for name, tensor in weights.items()}

@@ -7,7 +7,7 @@ import unicodedata
 
 import pytest
 import torch
-from conftest import FIXTURES
+from conftest import FIXTURES, read_fixture, shapes
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from transformers import CLIPTokenizer as OracleTokenizer
@@ -33,29 +33,24 @@ def one_line(call, *wanted):
 # Tokenizer
 
 
-@pytest.fixture(scope="module")
-def merges_text():
-    return gzip.decompress((FIXTURES / "clip_merges.txt.gz").read_bytes()).decode()
+MERGES = gzip.decompress((FIXTURES / "clip_merges.txt.gz").read_bytes()).decode()
 
 
 @pytest.fixture(scope="module")
-def vocabulary(merges_text):
-    """The published vocab.json, rebuilt here by its definition."""
+def published(tmp_path_factory):
+    """A folder with merges.txt and vocab.json, rebuilt here by its definition, byte for byte as long as the published
+    ones."""
     printable = [c for c in map(chr, range(256)) if c.isprintable() and c not in " \xa0\xad"]
     order = [ord(c) for c in printable] + [b for b in range(256) if chr(b) not in printable]
     letters = [*printable, *(chr(256 + i) for i in range(256 - len(printable)))]
     assert byte_symbols() == dict(zip(order, letters))
-    merged = [line.replace(" ", "") for line in merges_text.splitlines()[1:]]
+    merged = [line.replace(" ", "") for line in MERGES.splitlines()[1:]]
     names = [*letters, *(c + "</w>" for c in letters), *merged, "<|startoftext|>", "<|endoftext|>"]
-    return {name: i for i, name in enumerate(names)}
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory, merges_text, vocabulary):
-    """A folder with vocab.json and merges.txt, byte for byte as long as the published ones."""
     folder = tmp_path_factory.mktemp("published")
-    (folder / "merges.txt").write_text(merges_text, "utf-8")
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), "utf-8")
+    (folder / "merges.txt").write_text(MERGES, "utf-8")
+    (folder / "vocab.json").write_text(
+        json.dumps({name: i for i, name in enumerate(names)}, ensure_ascii=False), "utf-8"
+    )
     assert [(folder / name).stat().st_size for name in ("merges.txt", "vocab.json")] == [524_619, 961_143]
     return folder
 
@@ -70,18 +65,16 @@ def tokenizer(published):
     return ClipTokenizer(published)
 
 
-def oracle_ids(oracle, texts):
-    return oracle(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")["input_ids"]
+def padded(oracle, texts):
+    return oracle(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
 
 
 def varied_texts(count, seed):
     """Strings of what a caption may hold, and of much that it should not."""
     rng = random.Random(seed)
-    scripts = [range(0x370, 0x400), range(0x400, 0x530), range(0x590, 0x600), range(0x600, 0x700), range(0x900, 0x980)]
-    scripts += [range(0xE00, 0xE60), range(0x1100, 0x1200), range(0x3040, 0x3100), range(0x4E00, 0x5200)]
-    scripts += [range(0xAC00, 0xAE00), range(0x1F600, 0x1F640), range(0x1D400, 0x1D600), range(0x2150, 0x2190)]
-    scripts += [range(0xC0, 0x250), range(0x1E00, 0x1F00), range(0x1F00, 0x2000), range(0xFF00, 0xFFEF)]
-    scripts = [[chr(c) for c in script if unicodedata.category(chr(c)) != "Cn"] for script in scripts]
+    # All alphabets, from ASCII to kana, as of Unicode 3.2: the order of later marks differs between tables.
+    known = [c for c in ASSIGNED if unicodedata.ucd_3_2_0.category(c) != "Cn"]
+    scripts = [known[i : i + 128] for i in range(0, known.index("\u3105"), 128)]
     words = "a photo cat Hello WORLD anime girl, (blue eyes:1.3) 8k naïve Σίσυφος ΣΑΣ <|endoftext|> <|startoftext|>"
     words = [*words.split(), *"İstanbul straße ﬁne \u212ang x_y http://a.b/c?d=1&amp;e".split()]
     contractions = "'s 't 're 've 'm 'll 'd 'S 'RE 'Ll 'x ''s \u2019s ' s't've".split()
@@ -109,7 +102,7 @@ def varied_texts(count, seed):
 
 def test_ids_equal_transformers_on_varied_texts(tokenizer, oracle):
     texts = list(varied_texts(4000, seed=0))
-    ours, theirs = tokenizer(texts), oracle_ids(oracle, texts)
+    ours, theirs = tokenizer(texts), padded(oracle, texts)["input_ids"]
     assert ours.dtype == torch.int64 and ours.shape == (4000, 77)
     wrong = [ascii(text) for text, same in zip(texts, (ours == theirs).all(dim=1)) if not same]
     assert not wrong, f"{len(wrong)} differ: {wrong[:5]}"
@@ -126,9 +119,6 @@ def test_ids_equal_transformers_on_every_assigned_code_point(tokenizer, oracle):
 
 def test_known_ids(tokenizer):
     assert tokenizer(["a photo of a cat"])[0].tolist() == [START, 320, 1125, 539, 320, 2368] + [END] * 71
-    assert tokenizer([""])[0].tolist() == [START] + [END] * 76
-    assert (tokenizer(["cat " * 75, "cat " * 500]) == torch.tensor([START] + [2368] * 75 + [END])).all()  # cut
-    assert tokenizer.encode("a<|endoftext|>b") == [320, END, 321]
     assert tokenizer([]).shape == (0, 77)
     assert tokenizer.encode("\ud83d") == tokenizer.encode("?")  # half an emoji, as broken JSON has it
 
@@ -140,7 +130,7 @@ def tokenizer_json(tmp_path, oracle):
     return tmp_path / "saved" / "tokenizer.json"
 
 
-def test_every_published_form_gives_the_same_ids(tokenizer, tokenizer_json, published, merges_text, tmp_path):
+def test_every_published_form_gives_the_same_ids(tokenizer, tokenizer_json, published, tmp_path):
     texts = list(varied_texts(300, seed=1))
     content = json.loads(tokenizer_json.read_text("utf-8"))
     assert isinstance(content["model"]["merges"][0], list)
@@ -150,7 +140,7 @@ def test_every_published_form_gives_the_same_ids(tokenizer, tokenizer_json, publ
     (old / "tokenizer.json").write_text(json.dumps(content), "utf-8")
     openai = tmp_path / "openai" / "merges.txt.gz"  # another first line, and more merges than are used
     openai.parent.mkdir()
-    lines = ['"bpe.txt#version: 0.2', *merges_text.splitlines()[1:], "some thing</w>", "never used</w>", ""]
+    lines = ['"bpe.txt#version: 0.2', *MERGES.splitlines()[1:], "some thing</w>", "never used</w>", ""]
     openai.write_bytes(gzip.compress("\r\n".join(lines).encode()))
     (openai.parent / "model.safetensors").touch()
     forms = [tokenizer_json, tokenizer_json.parent, old, openai, openai.parent / "model.safetensors"]
@@ -160,13 +150,11 @@ def test_every_published_form_gives_the_same_ids(tokenizer, tokenizer_json, publ
         assert torch.equal(ClipTokenizer(form)(texts), expected), form
 
 
-def test_missing_or_broken_tokenizer_files_are_one_line(tmp_path, tokenizer_json, merges_text):
+def test_missing_or_broken_tokenizer_files_are_one_line(tmp_path, tokenizer_json):
     one_line(lambda: ClipTokenizer(tmp_path), tmp_path, "merges.txt", "openai/clip-vit-large-patch14")
     one_line(lambda: ClipTokenizer(tmp_path / "nowhere"), "nowhere", "merges.txt", "openai/clip-vit-large-patch14")
-    broken = [
-        ("merges.txt", text) for text in (b"", b"\xff\xfe\x00", merges_text[:300_001].encode(), b"a b c\n" * 50_000)
-    ]
-    broken += [("merges.txt.gz", gzip.compress(merges_text.encode())[:99_999])]
+    broken = [("merges.txt", text) for text in (b"", b"\xff\xfe\x00", MERGES[:300_001].encode(), b"a b c\n" * 50_000)]
+    broken += [("merges.txt.gz", gzip.compress(MERGES.encode())[:99_999])]
     broken += [("tokenizer.json", text) for text in (tokenizer_json.read_bytes()[:999_999], b"{}", b"[]")]
     for name, content in broken:
         (tmp_path / name).write_bytes(content)
@@ -207,15 +195,14 @@ def full_size(tmp_path_factory):
 def test_full_size_equals_transformers(full_size, tokenizer, oracle):
     theirs, folder = full_size
     ours = ClipTextEncoder.load(folder)
-    layout = json.loads((FIXTURES / "clip_l_text.json").read_text())
-    assert {f"text_model.{k}": list(v.shape) for k, v in ours.state_dict().items()} == layout
+    layout = {f"text_model.{name}": shape for name, shape in shapes(ours.state_dict()).items()}
+    assert layout == read_fixture("clip_l_text")
     assert sum(p.numel() for p in ours.parameters()) == 123_060_480
     assert not ours.training and not any(p.requires_grad for p in ours.parameters())
 
     texts = ["", "a cat", "a photo of a cat, " * 30]
     ids = tokenizer(texts)
-    attention_mask = oracle(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
-    attention_mask = attention_mask["attention_mask"]
+    attention_mask = padded(oracle, texts)["attention_mask"]
     assert attention_mask.sum(1).tolist() == [2, 4, 77]
     with torch.no_grad():
         plain = theirs(input_ids=ids).last_hidden_state
@@ -223,9 +210,6 @@ def test_full_size_equals_transformers(full_size, tokenizer, oracle):
     assert plain.std() > 0.5
     assert (ours(ids) - plain).abs().max() < 1e-4
     assert (ours(ids, mask_padding=True) - masked).abs().max() < 1e-4
-    # The mask changes the padding, and nothing else.
-    text = attention_mask.bool()
-    assert (plain - masked)[~text].abs().max() > 0.1 and (plain - masked)[text].abs().max() < 1e-4
     assert not ours(ids).requires_grad and ours(ids).shape == (3, CLIP_LENGTH, 768)
 
 
@@ -240,37 +224,24 @@ def small(tmp_path):
         return model, tmp_path / "small", ids, model(input_ids=ids).last_hidden_state
 
 
-def test_later_tokens_do_not_change_earlier_states(small):
-    _, folder, ids, _ = small
-    encoder, changed = ClipTextEncoder.load(folder), ids.clone()
-    changed[:, 5] = (changed[:, 5] + 1) % 298
-    for mask_padding in (False, True):
-        before, after = encoder(ids, mask_padding), encoder(changed, mask_padding)
-        assert torch.allclose(before[:, :5], after[:, :5], atol=1e-6)
-        assert ((before - after)[:, 5].abs().amax(-1) > 0.1).all()
-    assert torch.allclose(encoder(ids[:, :7]), encoder(ids)[:, :7], atol=1e-5)
-
-
-def test_padding_mask_hides_all_after_the_first_end(small):
-    model, folder, ids, _ = small
+def test_padding_mask_hides_all_after_the_first_end_and_texts_may_be_short(small):
+    model, folder, ids, plain = small
+    encoder = ClipTextEncoder.load(folder)
     mask = torch.ones(2, 77, dtype=torch.int64)
     mask[0, 10:] = 0  # the end token itself, at 9, is seen
     with torch.no_grad():
         expected = model(input_ids=ids, attention_mask=mask).last_hidden_state
-    assert (ClipTextEncoder.load(folder)(ids, mask_padding=True) - expected).abs().max() < 1e-4
+    assert (encoder(ids, mask_padding=True) - expected).abs().max() < 1e-4
+    assert (encoder(ids[:, :7]) - plain[:, :7]).abs().max() < 1e-4
 
 
 def test_every_published_layout_loads_alike(small, tmp_path):
-    _, folder, ids, expected = small
+    model, folder, ids, expected = small
     bare = load_file(folder / "model.safetensors")
     assert "embeddings.token_embedding.weight" in bare
     prefixed = {f"text_model.{k}": v for k, v in bare.items()}
     position_ids = {"text_model.embeddings.position_ids": torch.arange(77)[None]}
-    vision = {"vision_model.embeddings.position_embedding.weight": torch.ones(5, 5), "logit_scale": torch.tensor(1.0)}
-    vision |= {"vision_model.encoder.layers.0.layer_norm1.weight": torch.ones(5)}
-    vision |= {"text_projection.weight": torch.ones(5)}
     layouts = {"bare": bare, "prefixed": prefixed, "old": prefixed | position_ids}
-    layouts["whole"] = prefixed | position_ids | vision | {"visual_projection.weight": torch.ones(5)}
     sd = {f"cond_stage_model.transformer.{k}": v for k, v in (prefixed | position_ids).items()}
     layouts["sd"] = sd | {"model.diffusion_model.out.0.weight": torch.ones(3), "alphas_cumprod": torch.ones(3)}
     for name, tensors in layouts.items():
@@ -279,21 +250,16 @@ def test_every_published_layout_loads_alike(small, tmp_path):
     pipeline = tmp_path / "pipeline"
     (pipeline / "text_encoder").mkdir(parents=True)
     torch.save(layouts["old"], pipeline / "text_encoder" / "pytorch_model.bin")
-    paths = [folder, str(folder), pipeline, pipeline / "text_encoder", tmp_path / "sd.ckpt"]
-    for path in paths + [tmp_path / f"{name}.safetensors" for name in layouts]:
-        assert (ClipTextEncoder.load(path)(ids) - expected).abs().max() < 1e-4, path
-
-
-def test_transformers_own_larger_models_load(small, tmp_path):
-    model, _, ids, expected = small
     vision = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
     vision |= {"image_size": 32, "patch_size": 16}
     whole = CLIPModel(CLIPConfig(text_config=SMALL, vision_config=vision))
+    paths = [folder, str(folder), pipeline, pipeline / "text_encoder", tmp_path / "sd.ckpt"]
     for larger in (whole, CLIPTextModelWithProjection(CLIPTextConfig(**SMALL))):
         larger.text_model.load_state_dict(model.state_dict())
-        folder = tmp_path / type(larger).__name__
-        larger.save_pretrained(folder)
-        assert (ClipTextEncoder.load(folder)(ids) - expected).abs().max() < 1e-4
+        paths.append(tmp_path / type(larger).__name__)
+        larger.save_pretrained(paths[-1])
+    for path in paths + [tmp_path / f"{name}.safetensors" for name in layouts]:
+        assert (ClipTextEncoder.load(path)(ids) - expected).abs().max() < 1e-4, path
 
 
 def test_16_bit_weights_become_float32(small, tmp_path):

@@ -2,16 +2,14 @@
 
 import argparse
 import csv
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import FIXTURES
+from conftest import TINY, random_weights, read_fixture, shapes
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from skimage import color
 
 import common
@@ -20,8 +18,25 @@ from common import UserError
 from jit_lab import Config, Dataset, JiT
 
 
+def tiny_config(**changes):
+    return Config(**(TINY | changes))
+
+
+def tiny_model():
+    return random_weights(jit_lab.build_model(tiny_config()), std=0.2)
+
+
+def save_model(path, config):
+    header = {"system": "jit_lab", "config": vars(config)}
+    common.save_tensors(path, jit_lab.build_model(config).state_dict(), header)
+
+
 def label(count=1):
     return torch.zeros(count, dtype=torch.long)
+
+
+def random_rgb(count, size=16):
+    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
 
 
 # ---- the loss ----
@@ -29,7 +44,7 @@ def label(count=1):
 
 @pytest.mark.parametrize("predict", ["x", "v", "eps"])
 @pytest.mark.parametrize("loss", ["v", "x"])
-def test_loss_is_zero_for_the_right_answer_and_only_for_it(tiny_config, predict, loss):
+def test_loss_is_zero_for_the_right_answer_and_only_for_it(predict, loss):
     config = tiny_config(predict=predict, loss=loss)
     data, noise, t = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.tensor([0.1, 0.4, 0.6, 0.9])
     x_t, mask = common.flow_point(noise, data, t), torch.ones(4, 3, 1, 1)
@@ -39,7 +54,7 @@ def test_loss_is_zero_for_the_right_answer_and_only_for_it(tiny_config, predict,
         assert jit_lab.flow_loss(config, wrong, x_t, data, t, mask).min() > 1e-2
 
 
-def test_velocity_loss_is_the_text_of_the_post_and_data_loss_its_code(tiny_config):
+def test_velocity_loss_is_the_text_of_the_post_and_data_loss_its_code():
     x_0, x_1, x_hat = torch.randn(3, 4, 3, 8, 8).unbind(0)
     t, mask = torch.tensor([0.0, 0.3, 0.5, 0.8]), (torch.rand(4, 3, 1, 1) > 0.5).float()
     x_t, wide = common.flow_point(x_0, x_1, t), t.view(-1, 1, 1, 1)
@@ -49,14 +64,14 @@ def test_velocity_loss_is_the_text_of_the_post_and_data_loss_its_code(tiny_confi
     assert torch.allclose(jit_lab.flow_loss(tiny_config(loss="x"), x_hat, x_t, x_1, t, mask), code, rtol=1e-4)
 
 
-def test_error_of_each_channel_is_measured_relative_to_its_noise(tiny_config):
+def test_error_of_each_channel_is_measured_relative_to_its_noise():
     config = tiny_config(loss="x", lab_noise=(0.6, 0.3, 0.2))
     x, t, mask = torch.zeros(1, 3, 8, 8), torch.tensor([0.5]), torch.ones(1, 3, 1, 1)
     losses = [jit_lab.flow_loss(config, x + (torch.arange(3) == c).view(3, 1, 1), x, x, t, mask) for c in range(3)]
     assert torch.allclose(torch.cat(losses), torch.tensor([1.0, 4.0, 9.0]) / 3)
 
 
-def test_training_times_follow_their_distribution(tiny_config):
+def test_training_times_follow_their_distribution():
     rng = common.BatchRng(20_000, 0)
     normal = torch.logit(jit_lab.training_times(tiny_config(time_mean=-0.8, time_std=0.6), rng))
     assert abs(normal.mean() + 0.8) < 0.02 and abs(normal.std() - 0.6) < 0.02
@@ -81,17 +96,9 @@ class Oracle(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    "predict, solver, steps",
-    [
-        ("x", "euler", 1),
-        ("v", "euler", 1),
-        ("x", "euler", 200),
-        ("v", "heun", 20),
-        ("x", "dpm", 20),
-        ("eps", "dpm", 20),
-    ],
+    "predict, solver, steps", [("x", "euler", 1), ("x", "euler", 200), ("v", "heun", 20), ("eps", "dpm", 20)]
 )
-def test_exact_velocity_of_a_point_leads_to_the_point(tiny_config, predict, solver, steps):
+def test_exact_velocity_of_a_point_leads_to_the_point(predict, solver, steps):
     config = tiny_config(predict=predict)
     data = jit_lab.rgb_to_lab(torch.rand(1, 3, 16, 16))
     model = Oracle(config, lambda x_t, t, y: data.expand_as(x_t))
@@ -99,18 +106,7 @@ def test_exact_velocity_of_a_point_leads_to_the_point(tiny_config, predict, solv
     assert (rgb - jit_lab.lab_to_rgb(data)).abs().max() < 2e-3
 
 
-def test_exact_velocity_of_a_gaussian_integrates_to_the_gaussian(tiny_config):
-    """Data N(m, s^2), noise N(0, 1): x_hat = m + s^2 t (x_t - t m) / ((1 - t)^2 + s^2 t^2)."""
-    mean, std, config = 0.3, 0.2, tiny_config(space="rgb")
-
-    def x_hat(x, t, y):
-        return mean + std**2 * t * (x - t * mean) / ((1 - t) ** 2 + std**2 * t**2)
-
-    rgb = jit_lab.sample(Oracle(config, x_hat), config, num=64, steps=100, solver="heun", precision="fp32") * 2 - 1
-    assert abs(rgb.mean().item() - mean) < 0.01 and abs(rgb.std().item() - std) < 0.01
-
-
-def test_time_0_is_the_noise_of_the_seed_and_time_1_the_data(tiny_config):
+def test_time_0_is_the_noise_of_the_seed_and_time_1_the_data():
     config = tiny_config(lab_noise=(0.6, 0.3, 0.2), noise_scale=2.0)
     data, states = torch.full((1, 3, 16, 16), 0.1), []
     model = Oracle(config, lambda x_t, t, y: data.expand_as(x_t))
@@ -121,7 +117,7 @@ def test_time_0_is_the_noise_of_the_seed_and_time_1_the_data(tiny_config):
         assert torch.allclose(x, (1 - t) * noise + t * data, atol=1e-4)
 
 
-def test_guidance_1_is_conditional_0_is_unconditional_and_3_goes_beyond(tiny_config):
+def test_guidance_1_is_conditional_0_is_unconditional_and_3_goes_beyond():
     config = tiny_config(space="rgb")
     levels = torch.tensor([0.1, 0.3, 0.2])  # of labels 0 and 1 and of the null label
     model = Oracle(config, lambda x_t, t, y: levels[y].view(-1, 1, 1, 1).expand_as(x_t), num_classes=2)
@@ -135,9 +131,8 @@ def test_guidance_1_is_conditional_0_is_unconditional_and_3_goes_beyond(tiny_con
     assert level(label=1, cfg=3) == pytest.approx(0.2 + 3 * (0.3 - 0.2), abs=1e-5)
 
 
-def test_picture_depends_on_its_seed_only(tiny_config, awake_model):
-    config = tiny_config()
-    model = awake_model(config)
+def test_picture_depends_on_its_seed_only():
+    model, config = tiny_model(), tiny_config()
     together = jit_lab.sample(model, config, 5, 3, seed=10, precision="fp32")
     apart = jit_lab.sample(model, config, 3, 3, seed=12, batch_size=2, precision="fp32")
     assert torch.allclose(together[2:], apart, atol=1e-5)
@@ -147,42 +142,30 @@ def test_picture_depends_on_its_seed_only(tiny_config, awake_model):
 # ---- the model ----
 
 
-@pytest.mark.parametrize(
-    "layout, arguments",
-    [
-        ("jit_seed", dict(input_size=80, patch_size=4, hidden_size=768, depth=12, num_heads=12, num_classes=1)),
-        ("jit_b16_256", dict(input_size=256, patch_size=16, num_classes=1000, in_context_len=32, in_context_start=4)),
-    ],
-)
-def test_state_dict_has_the_published_names_and_shapes(layout, arguments):
-    with torch.device("meta"):
-        shapes = {k: list(v.shape) for k, v in JiT(**arguments).state_dict().items()}
-    assert shapes == json.loads((FIXTURES / f"{layout}.json").read_text())
-
-
 def test_paper_preset_is_the_model_and_the_training_of_the_post():
     config = common.make_config(Config, {"preset": "paper"}, jit_lab.PRESETS)
     with torch.device("meta"):
-        assert sum(p.numel() for p in jit_lab.build_model(config).parameters()) == 129_993_264
+        model = jit_lab.build_model(config)
+    assert shapes(model.state_dict()) == read_fixture("jit_seed")
+    assert sum(p.numel() for p in model.parameters()) == 129_993_264
     assert config.batch_size == 256 and config.grad_accum == 4 and config.steps * 256 // 10_000 == 1280
 
 
-def test_new_block_is_the_identity_and_a_new_model_outputs_zero(tiny_config):
+def test_state_dict_has_the_names_and_shapes_of_the_official_jit():
+    with torch.device("meta"):
+        model = JiT(256, 16, num_classes=1000, in_context_len=32, in_context_start=4)
+    assert shapes(model.state_dict()) == read_fixture("jit_b16_256")
+
+
+def test_new_block_is_the_identity_and_a_new_model_outputs_zero():
     model = jit_lab.build_model(tiny_config())
     x, rope = torch.randn(2, 16, 32), common.rope_2d(torch.cartesian_prod(torch.arange(4), torch.arange(4)), 16)
     assert torch.equal(model.blocks[0](x, torch.randn(2, 32), rope), x)
     assert (model(torch.randn(2, 3, 16, 16), 0.3, label(2)) == 0).all()
 
 
-def test_time_may_be_a_float_a_scalar_or_a_batch(tiny_config, awake_model):
-    model, x = awake_model(tiny_config()), torch.randn(2, 3, 16, 16)
-    outputs = [model(x, t, label(2)) for t in (0.25, torch.tensor(0.25), torch.tensor([0.25, 0.25]))]
-    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
-    assert not torch.allclose(outputs[0], model(x, 0.75, label(2)))
-
-
-def test_place_of_a_crop_enters_through_the_absolute_embedding_and_not_through_rope(tiny_config, awake_model):
-    model, x = awake_model(tiny_config()), torch.randn(2, 3, 8, 8)
+def test_place_of_a_crop_enters_through_the_absolute_embedding_and_not_through_rope():
+    model, x = tiny_model(), torch.randn(2, 3, 8, 8)
     here, there = model(x, 0.5, label(2), 0, 0), model(x, 0.5, label(2), 2, 1)
     assert (here - there).abs().max() > 1e-2
     # With the slice of (2, 1) moved to (0, 0), the two calls differ in RoPE only.
@@ -191,18 +174,8 @@ def test_place_of_a_crop_enters_through_the_absolute_embedding_and_not_through_r
     assert (model(x, 0.5, label(2), 0, 0) - there).abs().max() < 1e-5
 
 
-def test_rope_tells_rows_apart_and_columns_too(tiny_config, awake_model):
-    """Without positions a transformer's output moves with its tokens. Here RoPE alone can tell that patches moved."""
-    model, x = awake_model(tiny_config()), torch.randn(1, 3, 16, 16)
-    model.pos_embed.data.zero_()
-    swap = torch.tensor([4, 5, 6, 7, 0, 1, 2, 3, *range(8, 16)])  # the first two rows, or columns, of patches
-    for moved in (lambda x: x[:, :, swap], lambda x: x[..., swap]):
-        # 8e-5 and 4e-4; without RoPE on that axis 5e-7
-        assert (moved(model(moved(x), 0.5, label())) - model(x, 0.5, label())).abs().max() > 2e-5
-
-
 @pytest.mark.parametrize("side, top, left", [(16, 1, 0), (16, 0, 1), (10, 0, 0), (20, 0, 0), (8, -1, 0), (8, 0, -1)])
-def test_picture_that_does_not_fit_the_grid_is_refused(tiny_config, side, top, left):
+def test_picture_that_does_not_fit_the_grid_is_refused(side, top, left):
     with pytest.raises(ValueError, match="do not fit a grid of 4 x 4 patches of 4"):
         jit_lab.build_model(tiny_config())(torch.randn(1, 3, side, side), 0.5, label(), top, left)
 
@@ -229,9 +202,9 @@ def test_lab_outside_the_gamut_equals_scikit_image():
     assert np.abs(jit_lab.lab_to_rgb(lab)[0].permute(1, 2, 0).numpy() - theirs).max() < 1e-3
 
 
-def test_monochrome_pictures_send_no_gradient_into_chroma_and_all_of_it_into_lightness(tiny_config):
+def test_monochrome_pictures_send_no_gradient_into_chroma_and_all_of_it_into_lightness():
     config = tiny_config(color_fraction=0.5, full_image_prob=1.0, batch_size=32)
-    data = Dataset(config, torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8), torch.arange(40) < 20)
+    data = Dataset(config, random_rgb(40), torch.arange(40) < 20)
     x, mask, *_ = data.batch(0)
     grey = (x[:, 1:].abs().amax(dim=(1, 2, 3)) == 0).view(-1)
     assert 2 < grey.sum() < 30
@@ -242,7 +215,7 @@ def test_monochrome_pictures_send_no_gradient_into_chroma_and_all_of_it_into_lig
     assert (output.grad[~grey] != 0).all()
 
 
-def test_a_part_keeps_its_colour_by_seed_and_grey_files_are_recognised(folder, tiny_config):
+def test_a_part_keeps_its_colour_by_seed_and_grey_files_are_recognised(folder):
     def in_color(**changes):
         return jit_lab.load_data(tiny_config(data=(str(folder),), **changes), "cpu")[0].in_color
 
@@ -254,17 +227,9 @@ def test_a_part_keeps_its_colour_by_seed_and_grey_files_are_recognised(folder, t
     assert not half[~everything].any()
 
 
-def test_without_any_colour_zero_chroma_is_learned(tiny_config):
-    rgb = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
-    x, mask, *_ = Dataset(tiny_config(batch_size=4), rgb, torch.zeros(4, dtype=torch.bool)).batch(0)
+def test_without_any_colour_zero_chroma_is_learned():
+    x, mask, *_ = Dataset(tiny_config(batch_size=4), random_rgb(4), torch.zeros(4, dtype=torch.bool)).batch(0)
     assert (x[:, 1:] == 0).all() and (mask == 1).all()
-
-
-def test_rgb_space_holds_the_pixels_as_they_are(tiny_config):
-    config = tiny_config(space="rgb", batch_size=1, full_image_prob=1.0)
-    rgb = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)
-    x, *_ = Dataset(config, rgb, torch.ones(1, dtype=torch.bool)).batch(0)
-    assert (jit_lab.to_rgb(config, x) - rgb / 255).abs().max() < 1e-3
 
 
 def test_crops_are_those_of_the_posts_code():
@@ -275,37 +240,25 @@ def test_crops_are_those_of_the_posts_code():
     assert abs(sum(c[2] == 20 for c in crops) / len(crops) - (0.2 + 0.8 / 3)) < 0.02
 
 
-def test_batch_holds_the_pixels_of_its_crop(tiny_config):
-    config = tiny_config(crop_sizes=(0.5,), full_image_prob=0.0, batch_size=1)
-    rgb = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)
+@pytest.mark.parametrize("space", ["lab", "rgb"])
+def test_batch_holds_the_pixels_of_its_crop(space):
+    config, rgb = tiny_config(space=space, crop_sizes=(0.5,), full_image_prob=0.0, batch_size=1), random_rgb(1)
     data, places = Dataset(config, rgb, torch.ones(1, dtype=torch.bool)), set()
     for step in range(40):
         x, _, top, left = data.batch(step)
         expected = rgb[:, :, top * 4 : top * 4 + 8, left * 4 : left * 4 + 8] / 255
-        assert torch.allclose(jit_lab.lab_to_rgb(x), expected, atol=1e-3)
+        assert torch.allclose(jit_lab.to_rgb(config, x), expected, atol=1e-3)
         places.add((top, left))
     assert len(places) == 9
 
 
-def test_pictures_in_colour_come_three_times_as_often(tiny_config):
+def test_pictures_in_colour_come_three_times_as_often():
     rgb = torch.zeros(100, 3, 16, 16, dtype=torch.uint8)
     rgb[:10, 0] = 255  # the ten in colour are red
     data = Dataset(tiny_config(batch_size=6000, full_image_prob=1.0), rgb, torch.arange(100) < 10)
     x, mask, *_ = data.batch(0)
     assert abs((x[:, 1, 0, 0] > 0.1).float().mean().item() - 30 / 120) < 0.03
     assert ((mask[:, 1, 0, 0] == 1) == (x[:, 1, 0, 0] > 0.1)).all()
-
-
-def test_batch_depends_on_seed_and_step_only(folder, tiny_config):
-    data, _ = jit_lab.load_data(tiny_config(data=(str(folder),), batch_size=8), "cpu")
-    first = data.batch(5)
-    torch.rand(100)  # random numbers for something else
-    again, other = data.batch(5), data.batch(6)
-    assert torch.equal(first[0], again[0]) and first[2:] == again[2:]
-    assert other[0].shape != first[0].shape or not torch.equal(other[0], first[0])
-    parts = [data.batch(5, slice(part, None, 2)) for part in (0, 1)]
-    assert all(part[2:] == first[2:] for part in parts)  # all passes and processes crop the same place
-    assert all(torch.equal(part[0], first[0][k::2]) for k, part in enumerate(parts))
 
 
 # ---- published weights ----
@@ -342,8 +295,8 @@ rgb = color.lab2rgb(np.stack([L, a, b], axis=-1))
 def test_the_posts_quick_inference_runs_as_printed_and_agrees_with_sample(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in JiT().state_dict().items()}
-    weights = {name: 0.02 * torch.randn(shape) for name, shape in shapes.items()}  # a trained model's are not zero
+        names = shapes(JiT().state_dict())
+    weights = {name: 0.02 * torch.randn(shape) for name, shape in names.items()}  # a trained model's are not zero
     save_file(weights, "waifu_diffusion_1280_bs256.safetensors")
     noise = common.noise_for([3], (3, 80, 80), "cpu")
     monkeypatch.setattr(torch, "randn", lambda *a, **k: noise.clone())
@@ -374,9 +327,10 @@ def test_official_checkpoint_loads_with_its_namespace_sizes_and_space(tmp_path):
     assert (config.space, config.image_size, config.depth, config.num_heads) == ("rgb", 16, 12, 2)
 
 
-def test_checkpoint_that_does_not_fit_is_named(tmp_path, tiny_config):
-    config, path = tiny_config(), tmp_path / "model.safetensors"
-    weights, header = jit_lab.build_model(config).state_dict(), {"system": "jit_lab", "config": vars(config)}
+def test_checkpoint_that_does_not_fit_is_named(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_model(path, tiny_config())
+    weights, header = common.load_tensors(path)
 
     def message(weights, header=header):
         common.save_tensors(path, weights, header)
@@ -393,25 +347,9 @@ def test_checkpoint_that_does_not_fit_is_named(tmp_path, tiny_config):
 # ---- novelty ----
 
 
-def naive_lpips(a, b, trunk, heads):
-    """LPIPS from the paper's formula, one layer and one distance at a time."""
-    shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
-    a, b = ((((x * 2 - 1).permute(0, 2, 3, 1) - shift) / scale).permute(0, 3, 1, 2) for x in (a, b))
-    total = 0
-    layers = [(0, 4, 2, False), (3, 1, 2, True), (6, 1, 1, True), (8, 1, 1, False), (10, 1, 1, False)]
-    for k, (index, stride, padding, pool) in enumerate(layers):
-        weight, bias = trunk[f"features.{index}.weight"], trunk[f"features.{index}.bias"]
-        if pool:
-            a, b = F.max_pool2d(a, 3, 2), F.max_pool2d(b, 3, 2)
-        a, b = (F.relu(F.conv2d(x, weight, bias, stride, padding)) for x in (a, b))
-        unit = [x / (x.norm(dim=1, keepdim=True) + 1e-10) for x in (a, b)]
-        total = total + F.conv2d((unit[0] - unit[1]) ** 2, heads[f"lin{k}.model.1.weight"]).mean(dim=(1, 2, 3))
-    return total
-
-
 @pytest.fixture
 def lpips_files(tmp_path):
-    """(trunk, heads, (file of the trunk, file of the heads)), the same random weights each time."""
+    """(file of the trunk, file of the heads), the same random weights each time."""
     rng = torch.Generator().manual_seed(0)
     sizes = {0: (64, 3, 11, 11), 3: (192, 64, 5, 5), 6: (384, 192, 3, 3), 8: (256, 384, 3, 3), 10: (256, 256, 3, 3)}
     trunk = {"classifier.1.weight": torch.zeros(4, 4)}  # a real file has the classifier too
@@ -421,27 +359,25 @@ def lpips_files(tmp_path):
     heads = {f"lin{k}.model.1.weight": torch.rand(1, s[0], 1, 1, generator=rng) for k, s in enumerate(sizes.values())}
     torch.save(trunk, tmp_path / "alexnet.pth")
     save_file(heads, tmp_path / "heads.safetensors")
-    return trunk, heads, (tmp_path / "alexnet.pth", tmp_path / "heads.safetensors")
+    return tmp_path / "alexnet.pth", tmp_path / "heads.safetensors"
 
 
-def test_lpips_equals_its_formula_and_the_reference_package(lpips_files):
+def test_lpips_equals_the_reference_package(lpips_files):
     """tests/fixtures/lpips.json: distances that the package lpips 0.1.4 gives for these weights and pictures."""
-    trunk, heads, files = lpips_files
-    lpips = common.Lpips.load(*files)
+    lpips = common.Lpips.load(*lpips_files)
     x = torch.rand(4, 3, 80, 80, generator=torch.Generator().manual_seed(1))
     ours = (lpips(x[:2]) - lpips(x[2:])).square().sum(1)
-    assert torch.allclose(ours, naive_lpips(x[:2], x[2:], trunk, heads), rtol=1e-4)
-    golden = json.loads((FIXTURES / "lpips.json").read_text())
-    assert torch.allclose(ours, torch.tensor(golden["distances"]), rtol=1e-4)
-    save_file({name: head for name, head in heads.items() if "lin3" not in name}, files[1])
+    assert torch.allclose(ours, torch.tensor(read_fixture("lpips")["distances"]), rtol=1e-4)
+    heads = load_file(lpips_files[1])
+    save_file({name: head for name, head in heads.items() if "lin3" not in name}, lpips_files[1])
     with pytest.raises(UserError, match=r"heads.safetensors does not fit this model: 3 is missing"):
-        common.Lpips.load(*files)
+        common.Lpips.load(*lpips_files)
 
 
 @pytest.mark.parametrize("kind", ["pixels", "lpips"])
 def test_nearest_picture_is_the_one_that_a_loop_finds(lpips_files, kind):
-    metric = jit_lab.pixel_features if kind == "pixels" else common.Lpips.load(*lpips_files[2])
-    pictures = torch.randint(0, 256, (60, 3, 40, 40), dtype=torch.uint8)
+    metric = jit_lab.pixel_features if kind == "pixels" else common.Lpips.load(*lpips_files)
+    pictures = random_rgb(60, 40)
     queries = (pictures[[7, 31]] / 255 + 0.02 * torch.randn(2, 3, 40, 40)).clamp(0, 1)
     distances, index = jit_lab.nearest(metric, queries, pictures, batch_size=13)
     features = metric(pictures / 255)
@@ -463,26 +399,19 @@ def test_pixel_distance_is_the_mean_over_three_scales():
     assert torch.allclose(ours, by_hand, rtol=1e-4)
 
 
-def test_novelty_names_the_training_picture_that_a_sample_copies(
-    tmp_path, folder, tiny_config, lpips_files, monkeypatch, capsys
-):
+def test_novelty_names_the_training_picture_that_a_sample_copies(tmp_path, folder, lpips_files, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    config = tiny_config(image_size=32, data=(str(folder),))
-    header = {"system": "jit_lab", "config": vars(config)}
-    common.save_tensors("model.safetensors", jit_lab.build_model(config).state_dict(), header)
+    save_model("model.safetensors", tiny_config(image_size=32, data=(str(folder),)))
     pictures = common.load_pictures([folder], 32).pictures
     monkeypatch.setattr(jit_lab, "sample", lambda *arguments: pictures[[5, 17, 2]] / 255)
-    words = f"novelty --weights model.safetensors --num 3 --seed 4 --alexnet {lpips_files[2][0]} --lpips".split()
-    assert jit_lab.main([*words, str(lpips_files[2][1])]) == 0
+    words = f"novelty --weights model.safetensors --num 3 --seed 4 --alexnet {lpips_files[0]} --lpips".split()
+    assert jit_lab.main([*words, str(lpips_files[1])]) == 0
     rows = list(csv.DictReader((tmp_path / "samples" / "jit_lab_novelty.csv").open()))
     assert [(row["seed"], row["nearest"]) for row in rows] == [("4", "05.png"), ("5", "17.png"), ("6", "02.png")]
     assert all(float(row["distance"]) < 1e-4 for row in rows)
     assert "0 of 3 at 0.25 or more" in capsys.readouterr().out
     sheet = np.asarray(Image.open(tmp_path / "samples" / "jit_lab_novelty.png"))
     assert (sheet[:32, :32] == sheet[:32, 32:64]).all()  # the copy beside its original
-
-
-# ---- the command line ----
 
 
 @pytest.mark.parametrize(
@@ -497,11 +426,9 @@ def test_novelty_names_the_training_picture_that_a_sample_copies(
         ("novelty", "the training pictures (gone) are not here"),
     ],
 )
-def test_mistakes_are_one_line_that_says_what_to_do(tmp_path, folder, tiny_config, words, message, monkeypatch, capsys):
+def test_mistakes_are_one_line_that_says_what_to_do(tmp_path, folder, words, message, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    config = tiny_config(data=("gone",))
-    header = {"system": "jit_lab", "config": vars(config)}
-    common.save_tensors("model.safetensors", jit_lab.build_model(config).state_dict(), header)
+    save_model("model.safetensors", tiny_config(data=("gone",)))
     words = words.split()
     if words[0] == "train":
         small = "--image-size 16 --patch-size 4 --hidden-size 32 --steps 1".split()

@@ -1,6 +1,5 @@
 """common.py's autoencoders against diffusers, naive forwards and the published layouts."""
 
-import json
 import sys
 import types
 
@@ -8,22 +7,13 @@ import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FIXTURES
+from conftest import read_fixture, shapes
 from safetensors.torch import save_file
 
 import common
 from common import TAEF2, AutoencoderKL, UserError, load_vae
 
 SMALL = (32, 32, 64, 64)
-
-
-def published(name):
-    """name -> shape of the tensors in a published file."""
-    return {k: tuple(v) for k, v in json.loads((FIXTURES / f"{name}.json").read_text()).items()}
-
-
-def shapes(weights):
-    return {k: tuple(v.shape) for k, v in weights.items()}
 
 
 @torch.no_grad()
@@ -48,10 +38,6 @@ def small(**options):
 def rename(weights, table):
     for old, new in table.items():
         weights = {k.replace(old, new): v for k, v in weights.items()}
-    return weights
-
-
-def same(weights):
     return weights
 
 
@@ -87,25 +73,26 @@ def reference(batch_norm, decoder=None):
 @pytest.mark.parametrize(
     "name, layout, batch_norm, decoder",
     [
-        ("sd_vae", same, False, None),
+        ("sd_vae", dict, False, None),
         ("sd_vae_old_attention", old_attention, False, None),
         ("sd_vae_ldm", ldm, False, None),
-        ("flux2_vae_diffusers", same, True, None),
+        ("flux2_vae_diffusers", dict, True, None),
         ("flux2_vae_bfl", bfl, True, None),
-        (None, same, True, (32, 64, 64, 96)),  # FLUX.2's small decoder
+        (None, dict, True, (32, 64, 64, 96)),  # FLUX.2's small decoder
     ],
 )
 def test_every_published_layout_loads_and_equals_diffusers(name, layout, batch_norm, decoder, tmp_path):
     if name:  # at full size: the names and shapes of the published file
         with torch.device("meta"):
             full = AutoencoderKL(32 if batch_norm else 4, batch_norm=batch_norm)
-        assert shapes(layout(full.state_dict())) == published(name)
+        assert shapes(layout(full.state_dict())) == read_fixture(name)
 
     theirs = reference(batch_norm, decoder)
     save_file({k: v.contiguous() for k, v in layout(theirs.state_dict()).items()}, tmp_path / "vae.safetensors")
     ours = load_vae(tmp_path / "vae.safetensors")
     assert not ours.training and not any(p.requires_grad for p in ours.parameters())
     assert (ours.latent_channels, ours.stride) == (32 if batch_norm else 4, 8)
+    ours.train()  # a training loop around it must not shift the statistics
 
     x = torch.rand(2, 3, 32, 48) * 2 - 1
     want = theirs.encode(x).latent_dist
@@ -142,31 +129,6 @@ def test_whole_sd_checkpoint_is_searched_for_its_autoencoder(tmp_path, monkeypat
     loaded = load_vae(tmp_path / "sd.ckpt").state_dict()
     assert loaded.keys() == vae.state_dict().keys()
     assert all(v.dtype == torch.float32 and torch.equal(loaded[k], v.half()) for k, v in vae.state_dict().items())
-
-
-# ---- latents ----
-
-
-def test_sd_latents_are_scaled_and_flux2_latents_normalised_by_patch():
-    z = torch.randn(2, 4, 6, 8)
-    assert torch.equal(small().normalise(z), z * 0.18215)
-
-    vae = small(latent_channels=8, batch_norm=True).train()  # a training loop around it must not shift the statistics
-    z = torch.randn(2, 8, 6, 4)
-    want = torch.empty_like(z)
-    for c in range(8):
-        for i in range(2):
-            for j in range(2):  # one mean and variance for each channel and each place in a 2x2 patch
-                k = c * 4 + i * 2 + j
-                std = (vae.bn.running_var[k] + 1e-4).sqrt()
-                want[:, c, i::2, j::2] = (z[:, c, i::2, j::2] - vae.bn.running_mean[k]) / std
-    torch.testing.assert_close(vae.normalise(z), want)
-    torch.testing.assert_close(vae.normalise(want, inverse=True), z)
-
-
-def test_encode_takes_the_mean():
-    vae, x = small(), torch.rand(1, 3, 32, 32) * 2 - 1
-    assert torch.equal(vae.encode(x), vae.posterior(x)[0] * 0.18215)
 
 
 # ---- TAEF2 ----
@@ -206,29 +168,23 @@ def naive_taef2(weights, x, half):
     return conv(x, 19)
 
 
-@pytest.mark.parametrize("kind", ["one file", "folder of .safetensors", "folder of .pth"])
-def test_taef2_loads_from_its_files_and_equals_the_naive_forward(kind, tmp_path):
+@pytest.mark.parametrize("save, suffix", [(save_file, "safetensors"), (torch.save, "pth")])
+def test_taef2_loads_from_its_files_and_equals_the_naive_forward(save, suffix, tmp_path):
     weights = {k: v.half().contiguous() for k, v in randomize(TAEF2()).state_dict().items()}
-    assert shapes(weights) == published("taef2")
-    path = tmp_path / "merged.safetensors" if kind == "one file" else tmp_path
-    if kind == "one file":
-        save_file(weights, path)
+    assert shapes(weights) == read_fixture("taef2")
+    save(weights, tmp_path / f"merged.{suffix}")
     for half in ("encoder", "decoder"):
         part = {k.partition(".")[2]: v for k, v in weights.items() if k.startswith(half)}
-        if kind == "folder of .safetensors":
-            save_file(part, path / f"taef2_{half}.safetensors")
-        elif kind == "folder of .pth":
-            torch.save(part, path / f"taef2_{half}.pth")
-    vae = load_vae(path)
-    assert (vae.latent_channels, vae.stride) == (32, 8) and not hasattr(vae, "posterior")
+        save(part, tmp_path / f"taef2_{half}.{suffix}")
 
     weights = {k: v.float() for k, v in weights.items()}
-    x = torch.rand(2, 3, 16, 32)
-    z = naive_taef2(weights, x, "encoder")
-    torch.testing.assert_close(vae.encode(x * 2 - 1), z, atol=1e-5, rtol=1e-4)
-    z = torch.randn_like(z) * 2
-    want = naive_taef2(weights, z, "decoder") * 2 - 1
-    torch.testing.assert_close(vae.decode(z), want, atol=1e-5, rtol=1e-4)
+    x, latent = torch.rand(2, 3, 16, 32), torch.randn(2, 32, 2, 4) * 2
+    z, picture = naive_taef2(weights, x, "encoder"), naive_taef2(weights, latent, "decoder") * 2 - 1
+    for path in (tmp_path, tmp_path / f"merged.{suffix}"):
+        vae = load_vae(path)
+        assert (vae.latent_channels, vae.stride) == (32, 8) and not hasattr(vae, "posterior")
+        torch.testing.assert_close(vae.encode(x * 2 - 1), z, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(vae.decode(latent), picture, atol=1e-5, rtol=1e-4)
 
 
 # ---- mistakes ----

@@ -39,6 +39,7 @@ import functools
 import itertools
 import math
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,7 @@ class Config(VAEConfig):
     multipliers: tuple[int, ...] = option((1, 2), "width at each resolution, in multiples of --width", low=1)
     depth: int = option(2, "blocks of the denoiser at each resolution, down and up", low=1, high=1000)
     num_timesteps: int = option(1000, "noisy steps, N - 1; with far fewer the last one is not yet noise", low=2)
+    known_prob: float = option(0.0, "how often a part of a latent is clean, to learn inpainting", low=0.0, high=1.0)
 
 
 # The write-up gives batch size 32, mixed precision, "over 10,000 iterations" and 5 GB of GPU memory, but no sizes.
@@ -100,7 +102,7 @@ VAE_PRESETS = {
     "paper": PAPER | dict(steps=50_000, batch_size=16, lr=5e-4),
 }
 PRESETS = {
-    "demo": dict(minutes=9.0, lr=1e-3, vae_minutes=6.0),
+    "demo": dict(minutes=9.0, lr=1e-3, vae_minutes=6.0, known_prob=0.5),
     "paper": PAPER
     | dict(steps=100_000, lr=2e-4, vae_steps=50_000, vae_batch_size=16, vae_lr=5e-4, width=192, multipliers=(1, 2, 3)),
 }
@@ -364,16 +366,21 @@ class Block(nn.Module):
         self.norm2, self.conv2 = LayerNorm2d(width), zero_init(nn.Conv2d(width, width, 3, padding=1))
         self.serpentine = Serpentine(width)
 
-    def forward(self, x, emb):
+    def forward(self, x, emb, clean_emb, known):
         h = self.conv1(F.silu(self.norm1(x)))
-        scale, shift = self.modulation(emb)[:, :, None, None].chunk(2, dim=1)
+        noisy, clean = (self.modulation(time)[:, :, None, None] for time in (emb, clean_emb))
+        scale, shift = (noisy + known.to(noisy.dtype) * (clean - noisy)).chunk(
+            2, dim=1
+        )  # each position has its own time
         h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
         return self.serpentine(self.shortcut(x) + h)
 
 
 class Denoiser(nn.Module):
-    """denoiser(x_t, t) -> the noise in x_t. x_t (B, channels, h, w) of any h and w; t (B,) from 1 to N - 1. Raises
-    UserError for a width that the eight paths cannot share."""
+    """denoiser(x_t, t, known) -> the noise in x_t. x_t (B, channels, h, w) of any h and w; t (B,) from 1 to N - 1;
+    known (B or 1, 1, h, w): 1 where x_t holds the clean latent, whose time is 0 (TD-Paint, Mayet et al. 2024), so that
+    inpainting can show the network what is kept; no position if None. Raises UserError for a width that the eight paths
+    cannot share."""
 
     def __init__(self, channels=8, width=96, multipliers=(1, 2), depth=2):
         super().__init__()
@@ -392,20 +399,22 @@ class Denoiser(nn.Module):
         self.norm, self.conv_out = LayerNorm2d(widths[0]), zero_init(nn.Conv2d(widths[0], channels, 3, padding=1))
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, x, t):
-        emb = self.time_embed(t)
+    def forward(self, x, t, known=None):
+        times = self.time_embed(t), self.time_embed(torch.zeros_like(t[:1]))
+        known = x.new_zeros(1, 1, 1, 1) if known is None else known.to(x.dtype)
         x, skips = self.conv_in(x), []
         for level, blocks in enumerate(self.down):
-            if level:
-                x = F.avg_pool2d(x, 2, ceil_mode=True)  # (B, D, ceil(h/2), ceil(w/2)), so that any size fits
+            if level:  # to (B, D, ceil(h/2), ceil(w/2)), so that any size fits
+                x, known = (F.avg_pool2d(part, 2, ceil_mode=True) for part in (x, known))
             for block in blocks:
-                x = block(x, emb)
-                skips.append(x)
+                x = block(x, *times, known)
+                skips.append((x, known))
         for blocks in self.up:
-            if x.shape[2:] != skips[-1].shape[2:]:
-                x = F.interpolate(x, size=skips[-1].shape[2:], mode="nearest")
+            if x.shape[2:] != skips[-1][0].shape[2:]:
+                x = F.interpolate(x, size=skips[-1][0].shape[2:], mode="nearest")
             for block in blocks:  # (there is no middle block, so that the first skip is x itself)
-                x = block(torch.cat((x, skips.pop()), dim=1), emb)
+                skip, known = skips.pop()
+                x = block(torch.cat((x, skip), dim=1), *times, known)
         # In float32: where x_t is nearly all noise, a rounding error of eps is a large error of the clean latent.
         with torch.autocast(x.device.type, enabled=False):
             return self.conv_out(F.silu(self.norm(x.float())))
@@ -520,10 +529,10 @@ class SampleConfig(common.SampleConfig):
 
 
 @torch.no_grad()
-def sample_latents(model, config, options, shape, clamp_for=None, resample_steps=1, callback=None):
+def sample_latents(model, config, options, shape, clamp_for=None, resample_steps=1, callback=None, known=None):
     """Sample latents (options.num, *shape) in the VAE's scale. Latent i depends on the seed options.seed + i only.
     clamp_for(noise, rows) returns the clamp() of denoise() for these rows of the result, which start from this noise.
-    callback(latents, part) gets the states of the first batch. Raises UserError."""
+    known: as for Denoiser. callback(latents, part) gets the states of the first batch. Raises UserError."""
     if model.denoiser is None:
         raise UserError("these weights are a VAE without a denoiser; name those of `train` with --weights")
     if options.steps > config.num_timesteps:
@@ -532,7 +541,7 @@ def sample_latents(model, config, options, shape, clamp_for=None, resample_steps
     latents = []
 
     def predict(x, t):
-        return model.denoiser(x, torch.full((len(x),), float(t), device=device))
+        return model.denoiser(x, torch.full((len(x),), float(t), device=device), known)
 
     def show(x, part):
         if callback and not latents:
@@ -590,9 +599,10 @@ def keep_positions(keep):
 def clamp_known(latent, positions, how, noise, alpha_bars):
     """clamp(x, t) for denoise(): the known latent at the kept positions, x elsewhere.
 
-    how "mean" is the write-up's rule: the clean latent at every step. But in training the denoiser never saw clean
-    positions at a large t. "noised" adds the noise of step t, none at t = 0 (Lugmayr et al. 2022, eq. 8a). The noise is
-    the same at all steps, as in DDIM's deterministic path.
+    how "mean" is the write-up's rule: the clean latent at every step. A denoiser that was trained without --known-prob
+    never saw clean positions at a large t, though. "clean" is the same for one that was trained with it, and that gets
+    the time 0 for these positions. "noised" adds the noise of step t, none at t = 0 (Lugmayr et al. 2022, eq. 8a). The
+    noise is the same at all steps, as in DDIM's deterministic path.
     """
 
     def clamp(x, t):
@@ -607,8 +617,13 @@ class InpaintConfig(SampleConfig):
     image: str = option("", "picture to change, of any size")
     mask: str = option("", "picture of the same size: WHITE is KEPT, black is made anew (the write-up has both senses)")
     invert: bool = option(False, "black is kept and white is made anew")
-    clamp: str = option("noised", "kept positions get the step's noise, or the clean mean", choices=("noised", "mean"))
-    resample_steps: int = option(5, "how often each step is made, so that old and new agree; the write-up: 1", low=1)
+    clamp: str = option(
+        "auto",
+        "what kept positions hold: the latent, clean or with noise; clean: the network knows (auto: if it can)",
+        choices=("auto", "clean", "noised", "mean"),
+    )
+    steps: int | None = option(None, "steps from noise to picture (default: 12 with --clamp clean, else 50)", low=1)
+    resample_steps: int | None = option(None, "how often each step is made (default: 1 with clean, else 5)", low=1)
     composite: bool = option(False, "copy the kept pixels over the result, as the VAE does not return them exactly")
     as_written: bool = option(False, "the write-up's own way: 1,000 ancestral steps, each once, with the clean mean")
     num: int = option(2, "pictures to make", low=1)
@@ -627,6 +642,9 @@ def inpaint(model, config, x, keep, callback=None, **options):
     if options.as_written:
         written = dict(solver="ancestral", steps=config.num_timesteps, resample_steps=1, clamp="mean")
         options = dataclasses.replace(options, **written)
+    clamp = options.clamp if options.clamp != "auto" else "clean" if config.known_prob else "noised"
+    steps, repeats = (12, 1) if clamp == "clean" else (50, 5)
+    options, repeats = dataclasses.replace(options, steps=options.steps or steps), options.resample_steps or repeats
     positions = keep_positions(keep).to(model.vae.mean.device)
     if positions.all():
         raise UserError("the mask keeps everything; paint black what is to be made anew (or see --invert)")
@@ -636,9 +654,10 @@ def inpaint(model, config, x, keep, callback=None, **options):
     normal, alpha_bars = model.vae.normalise(clean), noise_schedule(config.num_timesteps)
 
     def clamp_for(noise, rows):
-        return clamp_known(normal[rows], positions, options.clamp, noise, alpha_bars)
+        return clamp_known(normal[rows], positions, clamp, noise, alpha_bars)
 
-    sampled = sample_latents(model, config, options, clean.shape[1:], clamp_for, options.resample_steps, callback)
+    known = positions[None, None] if clamp == "clean" else None
+    sampled = sample_latents(model, config, options, clean.shape[1:], clamp_for, repeats, callback, known)
     latents = torch.where(positions, clean, sampled)  # normalising and its inverse have rounded the kept ones
     rgb = decode(model.vae, latents, x.shape[2:])
     return latents, torch.where(keep > 0, x / 2 + 0.5, rgb) if options.composite else rgb
@@ -688,6 +707,19 @@ def load_data(config):
         raise UserError("one picture is not enough: at least one to train on and one to measure with")
     order, count = torch.randperm(len(loaded), generator=generator(0, 7)), max(1, min(500, len(loaded) // 50))
     return loaded.pictures[order[count:]], loaded.pictures[order[:count]], loaded
+
+
+def random_known(rng, height, width, probability):
+    """(B, 1, h, w) bool for the rows of a BatchRng: with this probability the inside or the outside of a random
+    rectangle, else no position."""
+    inside = torch.ones(1, 1, 1, dtype=torch.bool)
+    for axis, length in ((2, height), (1, width)):
+        low, high = rng.rand(2, 1).sort(dim=1)[0].unbind(1)  # (B, 1)
+        places = torch.arange(length)
+        line = (places >= (low * length).floor()) & (places < (high * length).ceil())  # (B, length)
+        inside = inside & line.unsqueeze(axis)
+    outside, used = (rng.rand(1, 1) < 0.5), (rng.rand(1, 1) < probability)
+    return ((inside ^ outside) & used).unsqueeze(1)
 
 
 def encode_all(vae, pictures):
@@ -825,10 +857,13 @@ def train(config):
             index = common.batch_index(config, len(latents), step)[rows]
             latent = torch.where(rng.rand(1, 1, 1) < config.flip, mirrored[index], latents[index])  # 1. clean latents
             t, noise = 1 + (rng.rand() * config.num_timesteps).long(), rng.randn(*latent.shape[1:])  # 2. time and noise
-            x_t = add_noise(latent, noise, alpha_bars[t])  # 3. the noisy latents
+            known = random_known(rng, *latent.shape[2:], config.known_prob)  # (B, 1, h, w)
+            x_t = torch.where(known, latent, add_noise(latent, noise, alpha_bars[t]))  # 3. the noisy latents
             with autocast(device, precision):
-                eps = trained(x_t.to(device), t.to(device).float())  # 4. predict the noise
-            loss = (eps - noise.to(device)).square().mean(dim=(1, 2, 3))  # 5. (B,) loss (Ho et al. 2020, eq. 14)
+                eps = trained(x_t.to(device), t.to(device).float(), known.to(device))  # 4. predict the noise
+            # 5. (B,) loss (Ho et al. 2020, eq. 14): the mean over the positions that hold noise
+            error, noisy = (eps - noise.to(device)).square().mean(dim=1), ~known[:, 0].to(device)
+            loss = (error * noisy).sum(dim=(1, 2)) / noisy.sum(dim=(1, 2)).clamp(min=1)
             scaler.scale(loss.mean() / config.grad_accum).backward()  # 6. gradients
             run.add(loss, t / config.num_timesteps)
         scaler.unscale_(optimizer)
@@ -979,8 +1014,13 @@ def leakage_command(options):
 class SeamsConfig(common.LoadConfig):
     data: tuple[str, ...] = option(("drawn",), "as in train; of the data trained on, only what was held out")
     num: int = option(100, "pictures to inpaint", low=1)
-    steps: int = option(50, "steps from noise to picture", low=1)
-    resample_steps: int = option(5, "how often each step is made", low=1)
+    tries: int = option(1, "results of each picture; the best LPIPS counts", low=1)
+    clamp: str = option("auto", "as in inpaint, like the next three", choices=("auto", "clean", "noised", "mean"))
+    steps: int | None = option(None, "steps from noise to picture", low=1)
+    resample_steps: int | None = option(None, "how often each step is made", low=1)
+    as_written: bool = option(False, "the write-up's own way")
+    alexnet: str = option("", "for LPIPS: torchvision's AlexNet weights")
+    lpips: str = option("", "for LPIPS: the heads for AlexNet, weights/v0.1/alex.pth of its package")
 
 
 def seam(rgb, keep):
@@ -991,22 +1031,29 @@ def seam(rgb, keep):
 
 
 def seams_command(options):
-    """Print the difference across the border of what is new, relative to that at the same place of the originals: for
-    the write-up's two cases, both clamps, with and without --composite."""
+    """For the write-up's two cases, print the difference across the border of what is new, relative to that at the same
+    place of the originals, with and without --composite; and the LPIPS distance from the originals."""
     model, config = load_model(options.weights, common.pick_device(options.device))
     x = to_signed(unseen_pictures(options.data, config)[: options.num])
     size, edge = config.image_size, max(1, round(config.image_size / 5 / STRIDE)) * STRIDE
     face = torch.zeros(size, size)  # 1 in the middle three fifths, in whole tiles, where the pictures have their faces
     face[edge : size - edge, edge : size - edge] = 1
+    lpips = common.Lpips.load(options.alexnet, options.lpips) if options.lpips else None
+    settings = {name: getattr(options, name) for name in ("clamp", "steps", "resample_steps", "as_written")}
     print(f"difference across the border, {len(x)} unseen pictures; 1 is that of the originals at the same place")
     for case, keep in (("face made", 1 - face), ("background made", face)):
-        usual = seam(x / 2 + 0.5, keep)
-        for clamp in ("noised", "mean"):
-            settings = dict(num=len(x), steps=options.steps, resample_steps=options.resample_steps, clamp=clamp)
-            _, made = inpaint(model, config, x, keep, **settings)
+        start, usual, distances = time.perf_counter(), seam(x / 2 + 0.5, keep), []
+        for i in range(options.tries):
+            _, made = inpaint(model, config, x, keep, num=len(x), seed=i * len(x), **settings)
             composite = torch.where(keep > 0, x / 2 + 0.5, made)
             ratios = seam(made, keep) / usual, seam(composite, keep) / usual
-            print("{}, --clamp {}: {:.2f}, with --composite {:.2f}".format(case, clamp, *ratios))
+            if lpips:
+                pairs = zip((x / 2 + 0.5).split(25), composite.split(25))
+                distances.append(torch.cat([(lpips(a) - lpips(b)).square().sum(dim=1) for a, b in pairs]))
+        line = "{}: {:.2f}, with --composite {:.2f}".format(case, *ratios)
+        if lpips:
+            line += f", LPIPS {torch.stack(distances).min(dim=0)[0].mean():.4f}"
+        print(f"{line} ({time.perf_counter() - start:.0f} s)")
 
 
 @dataclasses.dataclass

@@ -400,17 +400,21 @@ def test_ctrl_c_saves_though_nothing_comes(server, monkeypatch):
 
 
 def test_streamed_pictures_become_the_vaes_latents_and_clips_states(server, partners, monkeypatch):
+    seen = []
+
+    def spy(self, *more, honest=dit_t2i.TrainingData.batch):
+        seen.append(honest(self, *more))
+        return seen[-1]
+
+    monkeypatch.setattr(dit_t2i.TrainingData, "batch", spy)
     monkeypatch.setattr(dit_t2i, "NULL_PROB", 0.0)
-    write_shards(server.rows(("good", n) for n in range(8)), 8)
-    latent = dict(stream="shards/*", vae=str(partners[0]), clip=str(partners[1]), text_dim=64)
-    data = dit_t2i.TrainingData(Config(**SMALL, **latent), torch.device("cpu"), "fp32")
-    assert data.stream.prefetch(8)
-    x, text = data.batch(0, slice(None))
+    words = f"--vae {partners[0]} --clip {partners[1]} --text-dim 64 --steps 2 --patch-size 1".split()
+    assert train(server, [("good", n) for n in range(8)], *words) == 0
+    x, text = (torch.cat(parts) for parts in zip(*seen))
     pixels = np.stack([common.read_picture(picture(n), 16) for n in range(8)])
     latents = common.load_vae(partners[0]).encode(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1)
     assert torch.allclose(x, latents, atol=1e-5)
     assert torch.allclose(text, dit_t2i.Clip(partners[1])([f"picture {n}" for n in range(8)]), atol=1e-5)
-    data.stream.close()
 
 
 def test_stream_mistakes_are_told(tmp_path, capsys, monkeypatch):

@@ -14,6 +14,7 @@ from experiments import emoji
 
 NAMES = ["car", "fish", "dog", "owl", "pear", "dog face"]
 WHITE = torch.ones(1, 3, 1, 1)
+SHIPPED = ROOT / "weights" / "dit_t2i.safetensors"
 
 
 def shape(index, size):
@@ -28,56 +29,38 @@ def shape(index, size):
 
 @pytest.fixture
 def shapes(monkeypatch, tmp_path):
-    """(names, RGBA pictures) that emoji.py takes for the font's, in an empty folder."""
+    """What emoji.py takes for the font's emoji, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(emoji, "all_emoji", lambda size: (NAMES, torch.stack([shape(i, size) for i in range(6)])))
-    return emoji.all_emoji(32)
 
 
-def tinted(rgba, colour):
-    """RGBA pictures -> RGB, in a colour, on white."""
-    return emoji.on_ground(emoji.tint(rgba, emoji.rgb_of([colour])), WHITE)
-
-
-def test_held_out_things_are_painted_in_no_hue():
-    shown = {(NAMES[i], colour) for i, colour in emoji.pairs_to_paint(NAMES)}
-    unseen = {(thing, hue) for thing in ("dog", "owl", "pear", "dog face") for hue in emoji.HUES}
-    assert shown.isdisjoint(unseen)
-    assert shown | unseen == {(thing, colour) for thing in NAMES for colour in (None, *emoji.COLOURS)}
+def tinted(name, colour, ground=WHITE):
+    """A thing (1, 3, 32, 32) in a colour, or None for its own."""
+    rgba = shape(NAMES.index(name), 32)[None]
+    return emoji.on_ground(emoji.tint(rgba, emoji.rgb_of([colour])) if colour else rgba, ground)
 
 
 def test_the_painted_folder_is_read_by_training_and_its_captions_are_true(shapes):
     assert emoji.main(["paint", "--out", "folder", "--size", "32", "--count", "300"]) == 0
     everything = dit_t2i.PictureSource(dit_t2i.Config(data=("folder",), image_size=32))
-    captions = everything.captions
-    assert len(captions) == 300
-    mirrored = 0
-    for picture, caption in zip(everything.pictures / 255, captions):
+    assert len(everything.captions) == 300
+    mirrored, shown = 0, set()
+    for picture, caption in zip(everything.pictures / 255, everything.captions):
         thing, _, ground = caption.partition(" on ")
         ground = ground.split()[-2] if ground else None
         _, *words = thing.split()
         colour = words.pop(0) if words[0] in emoji.COLOURS else None
+        name = " ".join(words)
+        shown.add((name, colour))
         assert ground is None or ground != colour  # never blue on blue
-        rgba = shapes[1][NAMES.index(" ".join(words))][None]
-        rgba = emoji.tint(rgba, emoji.rgb_of([colour])) if colour else rgba
-        true = emoji.on_ground(rgba, 0.45 * emoji.rgb_of([ground]) + 0.55 if ground else WHITE)[0]
+        true = tinted(name, colour, 0.45 * emoji.rgb_of([ground]) + 0.55 if ground else WHITE)[0]
         differences = [(picture - either).abs().max() for either in (true, true.flip(-1))]
         assert min(differences) < 0.01, caption
         mirrored += differences[1] < differences[0]
     assert 100 < mirrored < 200
-    assert 100 < sum(" on " in caption for caption in captions) < 200
-
-
-def test_colours_and_things_of_true_pictures_are_recognised(shapes):
-    names, rgba = shapes
-    pairs = [(name, hue) for name in names for hue in emoji.HUES]
-    rgb = torch.cat([tinted(rgba[names.index(name)][None], hue) for name, hue in pairs])
-    rgb[::2] = rgb[::2].flip(-1)
-    things, colours = map(list, zip(*pairs))
-    assert emoji.colour_seen(rgb) == colours and emoji.things_seen(rgb, *shapes) == things
-    # The measures can fail, too.
-    assert emoji.colour_seen(torch.full((1, 3, 8, 8), 0.5)) == [None]
-    assert emoji.colour_seen(rgb.flip(1)) != colours and emoji.things_seen(rgb.flip(2), *shapes) != things
+    assert 100 < sum(" on " in caption for caption in everything.captions) < 200
+    held_out = {(thing, hue) for thing in ("dog", "owl", "pear", "dog face") for hue in emoji.HUES}
+    assert shown == {(name, colour) for name in NAMES for colour in (None, *emoji.COLOURS)} - held_out
 
 
 def test_tint_keeps_shading_greys_and_transparency():
@@ -93,6 +76,8 @@ def test_tint_keeps_shading_greys_and_transparency():
     assert torch.allclose(turn, emoji.hue(emoji.rgb_of(["blue"]))[0].expand_as(turn), atol=0.02)
     skull = torch.ones(1, 4, 4, 4)  # no colour of its own: tinted all over
     assert emoji.colour_seen(emoji.tint(skull * 0.6, emoji.rgb_of(["green"]))[:, :3]) == ["green"]
+    assert emoji.colour_seen(skull[:, :3] * 0.5) == [None]
+    assert emoji.colour_seen(torch.tensor([1, 0.02, 0]).view(1, 3, 1, 1)) == ["red"]  # hues are a circle
 
 
 def test_names_of_emoji_are_plain_words():
@@ -111,28 +96,30 @@ def test_a_missing_font_is_reported_with_the_package_to_install(monkeypatch):
 
 @pytest.mark.parametrize("shift, hues, things", [(0, "100.0%", "100.0%"), (2, "0.0%", "87.5%")])
 def test_evaluate_counts_right_pictures(shapes, monkeypatch, capsys, shift, hues, things):
-    """True pictures in place of samples are all right. Moved on by one pair, they are mostly wrong."""
-    monkeypatch.setattr(emoji, "HELD_OUT", ["dog", "owl"])
-    real = dit_t2i.load_model(ROOT / "weights" / "dit_t2i.safetensors", "cpu")
-    real[1].image_size = 32  # of the emoji to compare with
-    monkeypatch.setattr(dit_t2i, "load_model", lambda path, device: real)
+    """True pictures in place of samples, half of them mirrored, are all right. Moved on by one pair, they are mostly
+    wrong."""
+    monkeypatch.setattr(emoji, "HELD_OUT", NAMES)
+    monkeypatch.setattr(dit_t2i, "load_model", lambda path, device: (path, dit_t2i.Config(image_size=32)))
 
     def true_pictures(model, config, prompts, num, seed_stride, **settings):
-        assert seed_stride == num == 2 and len(prompts) == 16  # each pair has noise of its own
-        pairs = [(thing, hue) for thing in ("dog", "owl") for hue in emoji.HUES]
-        rgb = torch.cat([tinted(shapes[1][NAMES.index(thing)][None], hue) for thing, hue in pairs])
-        return rgb.repeat_interleave(2, dim=0).roll(shift, dims=0)
+        assert model == SHIPPED and seed_stride == num == 2  # each pair has noise of its own
+        pairs = [(thing, hue) for thing in NAMES for hue in emoji.HUES]
+        assert prompts == [f"a {hue} {thing}" for thing, hue in pairs]
+        rgb = torch.cat([tinted(thing, hue) for thing, hue in pairs]).repeat_interleave(2, dim=0)
+        rgb[::2] = rgb[::2].flip(-1)
+        return rgb.roll(shift, dims=0)
 
     monkeypatch.setattr(dit_t2i, "sample", true_pictures)
     assert emoji.main(["evaluate", "--num", "2"]) == 0
-    assert "of 32 pictures" in (out := capsys.readouterr().out)
+    assert "of 96 pictures" in (out := capsys.readouterr().out)
     assert f"{hues} have the right hue and {things} look" in out
+    upside_down = torch.cat([tinted(name, None) for name in NAMES]).flip(2)
+    assert emoji.things_seen(upside_down, *emoji.all_emoji(32)) != NAMES
 
 
 def test_shipped_weights_paint_unseen_pairs_in_the_right_hue():
-    path = ROOT / "weights" / "dit_t2i.safetensors"
-    assert path.stat().st_size < 60e6
-    model, config = dit_t2i.load_model(path, "cpu")
+    assert SHIPPED.stat().st_size < 60e6
+    model, config = dit_t2i.load_model(SHIPPED, "cpu")
     things = random.Random(0).sample(emoji.HELD_OUT, len(emoji.HUES))
     prompts = [f"a {colour} {thing}" for colour, thing in zip(emoji.HUES, things)]
     seen = emoji.colour_seen(dit_t2i.sample(model, config, prompts, steps=10))

@@ -1,6 +1,5 @@
 """Several processes under torchrun learn what one learns, end together, and go on from a checkpoint."""
 
-import csv
 import importlib
 import json
 import os
@@ -53,28 +52,25 @@ def trained(tmp_path_factory):
         common.paint_face(i, 32)[0].save(data / f"{i:02d}.png")
         (data / f"{i:02d}.txt").write_text(f"a {'red green blue'.split()[i % 3]} tile")
 
-    def job(name, out, steps, more=""):
-        shared = f"--data {data} --out {folder / out} --steps {steps} --batch-size 8 --ema 0.9 --no-compile"
-        return [*SMALL[name].split(), *shared.split(), *"--device cpu --precision fp32".split(), *more.split()]
+    def job(name, kind, more=""):
+        shared = f"--data {data} --out {folder / f'{name}-{kind}'} --steps {20 if name == 'toy' else 4} --batch-size 8"
+        shared += f" --ema 0.9 --no-compile --device cpu --precision fp32 {more}"
+        return [*SMALL[name].split(), *shared.split()]
 
     same = "--decay none --warmup 0"  # with learning rates that do not depend on the budget
-    jobs = []
-    for name in SMALL:
-        jobs.append(job(name, f"{name}-ddp", 20 if name == "toy" else 4, "--grad-accum 2"))
-        jobs.append(job(name, f"{name}-fsdp", 20 if name == "toy" else 4, "--fsdp"))
-    jobs += [job("toy", "parts", 10, same), job("toy", "parts", 20, f"{same} --resume --fsdp")]
-    jobs.append(job("toy", "mistake", 10, "--batch-size 9"))
+    jobs = [job(name, *kind) for name in SMALL for kind in (("ddp", "--grad-accum 2"), ("fsdp", "--fsdp"))]
+    jobs += [job("toy", "parts", f"{same} --steps 10"), job("toy", "parts", f"{same} --resume --fsdp")]
+    jobs.append(job("toy", "mistake", "--batch-size 9"))
     (folder / "jobs.json").write_text(json.dumps(jobs))
     (folder / "trainings.py").write_text(TRAININGS)
-    environment = ENVIRONMENT | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    words = torchrun(folder / "trainings.py")
-    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    options = dict(cwd=folder, env=ENVIRONMENT | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}, text=True, timeout=300)
+    done = subprocess.run(torchrun(folder / "trainings.py"), capture_output=True, **options)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("fresh run") == len(jobs) - 2  # the first process alone prints
     assert done.stderr.count("--batch-size 9 is no multiple of 2, --grad-accum times processes") == 2
-    assert not (folder / "mistake").exists() and "Traceback" not in done.stderr
-    alone = [job(name, f"{name}-one", 20 if name == "toy" else 4) for name in SMALL]
-    alone += [job("toy", "parts", 30, f"{same} --resume"), job("toy", "whole", 30, same)]
+    assert not (folder / "toy-mistake").exists() and "Traceback" not in done.stderr
+    alone = [job(name, "one") for name in SMALL]
+    alone += [job("toy", "parts", f"{same} --resume --steps 30"), job("toy", "whole", f"{same} --steps 30")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "MARKS", ())
         for file, *words in alone:
@@ -82,41 +78,33 @@ def trained(tmp_path_factory):
     return folder
 
 
-def log_of(folder):
-    with open(folder / "log.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def step_of(out):
     path = out / "state.safetensors"
     return common.load_tensors(path, header_only=True)[1]["step"] if path.exists() else 0
 
 
-def assert_close(one, other, apart):
-    a, b = load_file(one), load_file(other)
+def assert_same_run(one, two, apart, file):
+    """The logs of two run folders are as good as equal, and the tensors of `file` at most `apart`."""
+    logs = [common.read_log(folder) for folder in (one, two)]
+    assert [row["step"] for row in logs[0]] == [row["step"] for row in logs[1]] != []
+    for a, b in zip(*logs):
+        assert a["images"] == b["images"] and float(a["loss"]) == pytest.approx(float(b["loss"]), abs=2e-5)
+        assert float(a["grad_norm"]) == pytest.approx(float(b["grad_norm"]), rel=1e-3)
+    a, b = (load_file(folder / file) for folder in (one, two))
     assert a.keys() == b.keys() and max((a[key] - b[key]).abs().max() for key in a) < apart
 
 
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_learn_what_one_learns(trained, name, kind):
-    one, two = (log_of(trained / f"{name}-{which}") for which in ("one", kind))
-    assert [row["step"] for row in two] == [row["step"] for row in one]
-    assert [row["images"] for row in two] == [row["images"] for row in one]
-    for a, b in zip(one, two):
-        assert float(a["loss"]) == pytest.approx(float(b["loss"]), abs=2e-5)
-        assert float(a["grad_norm"]) == pytest.approx(float(b["grad_norm"]), rel=1e-3)
     apart = 5e-3 if "muon" in SMALL[name] else 1e-3  # Muon's iterations are in bfloat16
-    assert_close(*(trained / f"{name}-{which}" / "model.safetensors" for which in ("one", kind)), apart)
+    assert_same_run(trained / f"{name}-one", trained / f"{name}-{kind}", apart, "model.safetensors")
 
 
 def test_another_number_of_processes_goes_on(trained):
     """Ten steps in two processes, ten in two sharded ones, ten in one: as thirty in one."""
-    whole, parts = log_of(trained / "whole"), log_of(trained / "parts")
-    assert [row["step"] for row in parts] == ["10", "20", "30"]
-    for a, b in zip(whole, parts):
-        assert float(a["loss"]) == pytest.approx(float(b["loss"]), abs=2e-5)
-    assert_close(*(trained / name / "state.safetensors" for name in ("whole", "parts")), 5e-3)
+    assert [row["step"] for row in common.read_log(trained / "toy-parts")] == ["10", "20", "30"]
+    assert_same_run(trained / "toy-whole", trained / "toy-parts", 5e-3, "state.safetensors")
 
 
 def children(pid):
@@ -136,7 +124,8 @@ def test_after_a_killed_process_torchrun_goes_on_and_ctrl_c_saves_in_all_process
     def wait_for_step(step):
         deadline = time.time() + 60
         while step_of(out) <= step:
-            assert job.poll() is None and time.time() < deadline, job.communicate()
+            assert job.poll() is None, job.communicate()
+            assert time.time() < deadline  # without communicate(), which would wait for a job that is alive
             time.sleep(0.05)
 
     try:
@@ -155,5 +144,5 @@ def test_after_a_killed_process_torchrun_goes_on_and_ctrl_c_saves_in_all_process
     step = step_of(out)
     assert f"stopped and saved at step {step}; to go on" in told and step > resumed, errors
     assert toy.main(f"train --resume {out} --steps {step + 10} --device cpu".split()) == 0
-    steps = [int(row["step"]) for row in log_of(out)]
+    steps = [int(row["step"]) for row in common.read_log(out)]
     assert steps == sorted(set(steps)) and steps[-1] == step + 10

@@ -1,10 +1,8 @@
 """A web server on loopback whose answers fail in the ways that those of the web do."""
 
 import collections
-import contextlib
 import http.server
 import io
-import json
 import threading
 import time
 
@@ -30,15 +28,15 @@ HEAD = b"HTTP/1.1 200 OK\r\n"
 # What is sent as it stands: (the beginning, what is sent again every 50 ms until the client gives up).
 RAW = {
     "stall": (b"", b""),
-    "drip headers": (HEAD + b"X-More: ", b"x"),
-    "drip body": (HEAD + b"\r\n", b"x"),
-    "drip trailers": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\n", b"X-More: x\r\n"),
+    "drip-headers": (HEAD + b"X-More: ", b"x"),
+    "drip-body": (HEAD + b"\r\n", b"x"),
+    "drip-trailers": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\n", b"X-More: x\r\n"),
     "continue": (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
     "endless": (HEAD + b"\r\n", b"x" * 500_000),
     "nonsense": (b"once upon a time\r\n\r\n", None),
     "silence": (b"", None),
-    "bad header": (HEAD + b"Content-Type: multipart/x; boundary*=a; boundary*0*=b\r\n\r\n", None),
-    "bad chunk": (HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", None),
+    "bad-header": (HEAD + b"Content-Type: multipart/x; boundary*=a; boundary*0*=b\r\n\r\n", None),
+    "bad-chunk": (HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", None),
 }
 
 
@@ -49,7 +47,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        kind, number = self.path.strip("/").replace("%20", " ").split("/")[:2]
+        kind, number = self.path.strip("/").split("/")[:2]
         server = self.server
         with server.lock:
             server.asked[self.path] += 1
@@ -58,33 +56,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
         time.sleep(server.latency)
         with server.lock:
             server.now -= 1
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self.send_raw(*RAW[kind]) if kind in RAW else self.send_kind(kind, server.content(int(number)))
+        self.send(*RAW[kind] if kind in RAW else (self.answer(kind, picture(int(number))), None))
 
-    def send_raw(self, beginning, repeated):
+    def send(self, beginning, repeated):
         self.wfile.write(beginning)
         while repeated is not None and not self.server.closing.wait(0.05):
             self.wfile.write(repeated)
 
-    def send_kind(self, kind, whole):
-        code, length, headers = 200, None, {}
-        if kind in ("404", "500"):
-            code = int(kind)
-        elif kind == "moved":
-            code, headers = 302, {"Location": self.server.elsewhere.encode().decode("latin-1")}  # as http.server wants
-        elif kind == "declined":
-            headers = {"X-Robots-Tag": "noai"}
-        elif kind == "cut":
-            whole, length = whole[: len(whole) // 2], len(whole)
-        else:
-            bodies = {"text": b"<html>no such picture</html>", "bomb": BOMB, "large": b"x" * 3_000_000}
-            bodies["half"] = picture(1, 200, "JPEG")[:-200]  # cut before it was stored: the length is right
-            whole = bodies.get(kind, whole)
-        self.send_response(code)
-        for key, value in {"Content-Length": str(length or len(whole)), **headers}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        self.wfile.write(whole)
+    def answer(self, kind, whole):
+        bodies = {"text": b"<html>no such picture</html>", "bomb": BOMB, "large": b"x" * 3_000_000}
+        bodies["half"] = picture(1, 200, "JPEG")[:-200]  # cut before it was stored: the length is right
+        bodies["cut"] = whole[: len(whole) // 2]
+        body = bodies.get(kind, whole)
+        code = {"404": "404", "500": "500", "moved": "302"}.get(kind, "200")
+        more = {"moved": f"Location: {self.server.elsewhere}", "declined": "X-Robots-Tag: noai"}.get(kind, "X-More: x")
+        length = len(whole if kind == "cut" else body)
+        return f"HTTP/1.1 {code} x\r\nContent-Length: {length}\r\n{more}\r\n\r\n".encode() + body
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -92,20 +79,13 @@ class Server(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
     request_queue_size = 128
+    latency, elsewhere, now, most = 0.0, "", 0, 0  # seconds before each answer; where `moved` leads
 
-    def __init__(self, latency=0.0, content=picture):
+    def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.latency, self.content, self.elsewhere = latency, content, ""
+        self.address = f"http://127.0.0.1:{self.server_port}"
         self.lock, self.closing, self.asked = threading.Lock(), threading.Event(), collections.Counter()
-        self.now, self.most = 0, 0
-
-    @property
-    def address(self):
-        return f"http://127.0.0.1:{self.server_port}"
-
-    def __enter__(self):
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        return self
 
     def __exit__(self, *problem):
         self.closing.set()
@@ -113,13 +93,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, request, client_address):
-        pass
+        """Clients that give up are expected."""
 
-
-def write_shards(folder, rows, per_shard):
-    """rows, dictionaries, as folder/meta-00000.jsonl and so on; returns what --stream is to name."""
-    folder.mkdir(exist_ok=True)
-    for first in range(0, len(rows), per_shard):
-        lines = [json.dumps(row, ensure_ascii=False) for row in rows[first : first + per_shard]]
-        (folder / f"meta-{first // per_shard:05d}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
-    return f"{folder}/*.jsonl"
+    def rows(self, kinds):
+        """Rows of metadata for pictures (kind, number)."""
+        return [{"url": f"{self.address}/{kind}/{n}", "caption": f"picture {n}"} for kind, n in kinds]

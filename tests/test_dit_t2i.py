@@ -592,3 +592,21 @@ def test_published_checkpoint_loads_without_its_pickle(tmp_path):
     z, t, text = torch.randn(1, 4, 32, 32), torch.tensor([0.5]), torch.randn(1, 7, 768)
     assert torch.equal(loaded(z, t, text), model(z, t, text))
     assert config.cfg == 4.0 and loaded.header["latent"] == [4, 32] and loaded.predict == "velocity"
+
+
+def test_training_starts_from_a_checkpoint_in_the_published_layout(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dit_t2i, "preview", lambda *args: torch.zeros(1, 3, 8, 8))  # 28 steps that do not matter here
+    shapes = json.loads((FIXTURES / "dfs_258m.json").read_text())
+    names = [name for name in shapes if not name.startswith("layers.") or name.startswith("layers.0.")]
+    weights = {name: 0.02 * torch.randn(shapes[name]) for name in names}
+    torch.save({"model": {}, "ema_model": weights, "epoch": 3}, "best.pt")
+    rows = [[f"{i}.png", f"picture {i}", []] for i in range(3)]
+    tensors = {"latents": torch.randn(3, 4, 32, 32), "text": torch.randn(3, 77, 768), "null": torch.randn(1, 77, 768)}
+    tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    header = {"vae": None, "clip": None, "rows": rows, "skipped": [], "source": []}
+    common.save_tensors("data/shard_00000.safetensors", tensors, header)
+    words = "train --preset paper --data data --from best.pt --out run --batch-size 1 --device cpu --no-compile".split()
+    assert dit_t2i.main([*words, "--steps", "1", "--lr", "0"]) == 0
+    trained = dit_t2i.load_model("run", "cpu")[0].state_dict()
+    assert len(trained) == len(weights) and all(torch.equal(trained[name], weights[name]) for name in weights)

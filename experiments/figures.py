@@ -5,6 +5,7 @@
     python experiments/figures.py steps                              5, 10, 20, 30 and 50 steps, rows of the same noise
     python experiments/figures.py guidance                           guidance 1, 2, 4, 6 and 8, rows of the same noise
     python experiments/figures.py written --data data/faces-80       inpainting as the write-up has it, beside ours
+    python experiments/figures.py novelty --system unet_ddpm --alexnet FILE --lpips FILE       LPIPS, as jit_lab.py does
 
 Each writes assets/NAME.png, or the file that --out names. Without --data the pictures are painted.
 """
@@ -23,8 +24,9 @@ import common  # noqa: E402
 import dit_t2i  # noqa: E402
 import jit_lab  # noqa: E402
 import serpentine_vae  # noqa: E402
+import unet_ddpm  # noqa: E402
 
-CPU = torch.device("cpu")
+CPU = "cpu"
 
 
 def faces(options, count):
@@ -90,13 +92,32 @@ def written(options):
     return common.make_grid(torch.stack(columns, dim=1).flatten(0, 1), columns=5)
 
 
+def novelty(options):
+    """64 samples of a file's weights beside the nearest of the first 10,000 training pictures. Prints the medians of
+    their LPIPS distances and of those between training pictures."""
+    path = common.find_weights(options.weights, options.system)
+    module = {"unet_ddpm": unet_ddpm, "serpentine_vae": serpentine_vae, "dit_t2i": dit_t2i}[options.system]
+    model, config = module.load_model(path, CPU)
+    data = common.load_pictures(options.data, config.image_size, first=10_000)
+    wanted = [data.captions[i] for i in range(0, len(data), len(data) // 64)][:64]
+    rgb = module.sample(model, config, **({"prompts": wanted} if module is dit_t2i else {"num": 64}))
+    lpips = common.Lpips.load(options.alexnet, options.lpips)
+    distances, index = jit_lab.nearest(lpips, rgb, data.pictures)
+    usual = jit_lab.nearest(lpips, data.pictures[:200] / 255, data.pictures, skip_self=True)[0].median()
+    print(f"median {distances.median():.4f}, least {distances.min():.4f}; between training pictures {usual:.4f}")
+    return jit_lab.pair_sheet(rgb, data.pictures[index] / 255, distances)
+
+
 def main(argv=None):
     """Run the command line; returns the exit code."""
-    figures = {figure.__name__: figure for figure in (corruption, crops, steps, guidance, written)}
+    figures = {figure.__name__: figure for figure in (corruption, crops, steps, guidance, written, novelty)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=figures)
     parser.add_argument("--data", nargs="+", default=["drawn"], help="pictures, as for train")
     parser.add_argument("--weights", default="", help="checkpoint or run (default: as for sample)")
+    parser.add_argument("--system", default="serpentine_vae", help="of novelty: the file whose weights are sampled")
+    parser.add_argument("--alexnet", help="of novelty: torchvision's AlexNet weights")
+    parser.add_argument("--lpips", help="of novelty: the heads for AlexNet, weights/v0.1/alex.pth of the LPIPS package")
     parser.add_argument("--prompt", default="a red car", help="of guidance")
     parser.add_argument("--out", help="picture to write")
     options = parser.parse_args(argv)

@@ -1,5 +1,6 @@
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import common
+import dit_t2i
+import jit_lab
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -25,23 +28,19 @@ TINY_FLAGS = [word for k, v in TINY.items() for word in ("--" + k.replace("_", "
 
 @pytest.fixture
 def tiny_config():
-    import jit_lab
-
     return lambda **changes: jit_lab.Config(**(TINY | changes))
 
 
 @pytest.fixture
 def awake_model():
     """A tiny JiT whose weights are all random: no gate is zero and hides what lies behind it."""
-    import jit_lab
 
     def make(config, seed=0):
         torch.manual_seed(seed)
         model = jit_lab.build_model(config)
-        with torch.no_grad():
-            for p in model.parameters():
-                if p.requires_grad:
-                    p.normal_(std=0.2)
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data.normal_(std=0.2)
         return model.eval()
 
     return make
@@ -64,10 +63,6 @@ def folder(tmp_path):
 @pytest.fixture
 def partners(tmp_path):
     """A tiny VAE and a tiny CLIP with the published tokenizer, as files: (VAE, folder of CLIP)."""
-    import shutil
-
-    import dit_t2i
-
     save_file(common.AutoencoderKL(widths=(32, 32, 32, 32)).state_dict(), tmp_path / "vae.safetensors")
     clip = dit_t2i.ClipTextEncoder(dim=64, hidden=64, depth=1)
     folder = tmp_path / "clip"
@@ -81,12 +76,9 @@ def partners(tmp_path):
 def command(tmp_path):
     """Run a model file's command line as a user would, in an empty folder: (exit code, stdout, stderr)."""
 
-    def run(*words, file="jit_lab.py", prefix=(), **options):
-        words = [*prefix, sys.executable, ROOT / file, *words]
-        environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
-        done = subprocess.run(
-            list(map(str, words)), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, **options
-        )
+    def run(*words, file):
+        words = list(map(str, [sys.executable, ROOT / file, *words]))
+        done = subprocess.run(words, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
         return done.returncode, done.stdout, done.stderr
 
     return run

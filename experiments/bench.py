@@ -40,32 +40,21 @@ import unet_ddpm  # noqa: E402
 CPU = torch.device("cpu")
 
 
-def compare(title, ways, rounds, unit):
+def compare(title, ways, rounds, unit="s"):
     """Call each of `ways`, name -> function(), in turns, so that all meet the same load. Print the median of each one's
-    results and its ratio to the first."""
+    results, or of its durations in seconds after two calls to warm up, and the ratio to the first."""
     results = {name: [] for name in ways}
-    for _ in range(rounds):
+    warm_up = 2 if unit == "s" else 0
+    for _ in range(warm_up + rounds):
         for name, way in ways.items():
-            results[name].append(way())
-    medians = {name: statistics.median(values) for name, values in results.items()}
+            start = time.perf_counter()
+            result = way()
+            results[name].append(time.perf_counter() - start if unit == "s" else result)
+    medians = {name: statistics.median(values[warm_up:]) for name, values in results.items()}
     print(title, flush=True)
     first = next(iter(medians.values()))
     for name, value in medians.items():
         print(f"  {name:24s} {value:10.4g} {unit}   {value / first:5.2f} x the first", flush=True)
-
-
-def compare_seconds(title, functions, rounds):
-    """As compare(), of the functions' durations, after two calls of each to warm up."""
-
-    def timed(function):
-        start = time.perf_counter()
-        function()
-        return time.perf_counter() - start
-
-    for function in functions.values():
-        function()
-        function()
-    compare(title, {name: partial(timed, function) for name, function in functions.items()}, rounds, "s")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -191,7 +180,7 @@ def attention(options):
             "common.attention": lambda q=q, k=k, v=v: common.attention(q, k, v).sum().backward(),
             "torch's fused kernel": lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v).sum().backward(),
         }
-        compare_seconds(f"attention over {tokens} tokens, bf16, forward and backward", ways, 15)
+        compare(f"attention over {tokens} tokens, bf16, forward and backward", ways, 15)
 
 
 def scan(options):
@@ -210,7 +199,7 @@ def scan(options):
         "scan": lambda: serpentine_vae.scan_map(a, b, 64, 64).sum().backward(),
         "loop": lambda: loop().sum().backward(),
     }
-    compare_seconds("scan of 4,096 positions, forward and backward", ways, 5)
+    compare("scan of 4,096 positions, forward and backward", ways, 5)
 
 
 def peak_bytes(function):
@@ -247,7 +236,7 @@ def serpentine(options):
             "serpentine": partial(both_ways, layer),
             "torch's attention": partial(both_ways, attend),
         }
-        compare_seconds(f"{side} x {side}, forward and backward", ways, 5)
+        compare(f"{side} x {side}, forward and backward", ways, 5)
         memory[side] = peak_bytes(ways["serpentine"])
         print(f"  the serpentine takes {memory[side] / 2**20:.1f} MiB")
     growth = math.log(memory[128] / memory[32]) / math.log(128**2 / 32**2)
@@ -271,7 +260,7 @@ def vae(options):
             return ours.decode(latent)
 
     ways = {f"ours, {fast}": decode, "diffusers, fp32": lambda: theirs.decode(latent / 0.18215).sample}
-    compare_seconds("VAE, 4 pictures decoded", ways, 3)
+    compare("VAE, 4 pictures decoded", ways, 3)
     for name, way in ways.items():
         print(f"  {name}: {peak_bytes(way) / 2**20:.0f} MiB beside the weights")
 
@@ -295,7 +284,7 @@ def peer(options):
         "unet_ddpm.sample": lambda: unet_ddpm.sample(model, config, num=32, steps=20),
         "their loop": lambda: theirs.sample(batch_size=32),
     }
-    compare_seconds("32 pictures by DDIM in 20 steps", ways, 5)
+    compare("32 pictures by DDIM in 20 steps", ways, 5)
 
 
 def solvers(options):
@@ -375,10 +364,10 @@ def kept_for_backward(config, batch):
     return sum(kept.values()), counter.get_total_flops()
 
 
-def scale(options, gpus=8, batch=8, flops=989e12, share=0.4):
-    """The table of docs/distributed.md, COMPUTED from the shapes of the dual-stream transformer: `batch` pictures on
-    each GPU, of which training gets a share of its FLOP/s. Weights, gradients, two moments and averages take 20 bytes
-    for each parameter."""
+def scale(options):
+    """The table of docs/distributed.md, COMPUTED from the shapes of the dual-stream transformer: 8 pictures on each of
+    8 GPUs, of whose 989 TFLOP/s training gets 40 %. Weights, gradients, two moments and averages take 20 bytes for each
+    parameter."""
     print("| parameters | layers x width | one GPU, or DDP | --fsdp on 8 | and --checkpoint-activations | tokens/s |")
     for depth, heads in ((12, 12), (16, 16), (24, 20), (28, 28)):
         given = dict(preset="paper", depth=depth, num_heads=heads)
@@ -386,16 +375,15 @@ def scale(options, gpus=8, batch=8, flops=989e12, share=0.4):
         kept = {}
         for twice in (False, True):
             config.checkpoint_activations = twice
-            one, work = kept_for_backward(config, 1)
-            more, _ = kept_for_backward(config, 2)
-            kept[twice] = one + (batch - 1) * (more - one)
+            (one, work), (two, _) = (kept_for_backward(config, batch) for batch in (1, 2))
+            kept[twice] = one + 7 * (two - one)
             if not twice:
-                speed = 256 * flops * share / work
+                speed = 256 * 0.4 * 989e12 / work
         with torch.device("meta"):
             model = dit_t2i.build_model(config, (4, 32))
         count = sum(p.numel() for p in model.parameters())
         layer = sum(p.numel() for p in model.layers[0].parameters())
-        shards = 20 * count / gpus + 8 * layer  # two layers are whole at a time: one computes, the next is on its way
+        shards = 20 * count / 8 + 8 * layer  # two layers are whole at a time: one computes, the next is on its way
         row = [f"{count / 1e6:,.0f} M", f"{depth} x {64 * heads}", f"{(20 * count + kept[False]) / 2**30:.1f} GiB"]
         row += [f"{(shards + kept[twice]) / 2**30:.1f} GiB" for twice in (False, True)]
         print("|", " | ".join([*row, f"{speed:,.0f}"]), "|", flush=True)

@@ -101,24 +101,23 @@ def test_every_kind_of_data_gives_the_same_pictures_and_words(folder, records):
         assert (other.names, other.captions, other.tags) == (first.names, first.captions, first.tags)
     both = common.load_pictures(["jsonl", "a.tar"], 6)
     assert both.names == 2 * first.names and both.checksum() != first.checksum()
+    part = common.load_pictures(["jsonl"], 6, first=2)  # --num-samples 2
+    assert part.names == first.names[:2] and torch.equal(part.pictures, first.pictures[:2])
 
 
-def test_captions_stand_in_text_files_beside_the_pictures(folder, records):
-    write_folder(folder / "data", records[:3])
-    (folder / "data" / "00.txt").write_text(" a caption\n")
-    assert common.load_pictures(["data"], 6).captions == ["a caption", "", ""]
-
-
-def test_captions_reach_pictures_whose_names_are_spelled_otherwise(folder, capsys):
+def test_captions_reach_pictures_from_files_beside_them_and_by_names_that_are_spelled_otherwise(folder, capsys):
     composed, decomposed = (unicodedata.normalize(form, "\u00e9.png") for form in ("NFC", "NFD"))
     names = ["0.png", "sub/1.png", "2.PNG", decomposed, "5.png"]
-    paint(*names, "a/twice.png", "b/twice.png")
+    paint(*names, "a/twice.png", "b/twice.png", "6.png", "7.png")
+    (folder / "6.txt").write_text(" beside\n")
+    (folder / "7.caption").write_text("beside, too")
     rows = ["0.png", "sub\\1.png", "2.png", composed, str(folder / "5.png"), "twice.png", "train/missing.png"]
     write_metadata(*({"file_name": name, "description": f"picture {n}"} for n, name in enumerate(rows)))
     pictures = common.load_pictures(["."], 8)
     captions = dict(zip(pictures.names, pictures.captions))
     assert [captions[name] for name in names] == [f"picture {n}" for n in range(5)]
     assert captions["a/twice.png"] == captions["b/twice.png"] == ""
+    assert (captions["6.png"], captions["7.png"]) == ("beside", "beside, too")
     assert "2 rows of metadata match no picture, such as twice.png, which is not there" in capsys.readouterr().out
 
 
@@ -222,14 +221,6 @@ def test_colour_profiles_are_applied(mode):
     assert common.open_picture("broken.png").getpixel((1, 1)) == (60, 180, 90)
 
 
-def test_the_first_pictures_alone_can_be_taken(folder, records):
-    write_jsonl(folder / "d", records)
-    whole, part = (common.load_pictures(["d"], 8, first=first) for first in (None, 2))
-    assert part.names == whole.names[:2] and torch.equal(part.pictures, whole.pictures[:2])
-    config = common.EncodeConfig(data=("d",), out="s", image_size=8, num_samples=2)
-    assert common.write_shards(config, {}, lambda pictures, rows: {"latents": pictures})[0] == 2
-
-
 def test_data_that_is_none_is_one_line(folder, records):
     write_folder(folder / "empty", [])
     (write_folder(folder / "broken", []) / "a.png").touch()
@@ -285,6 +276,7 @@ def test_encoding_goes_on_after_a_kill_and_gives_the_same_files(folder, records)
     extra = {"mean": torch.arange(3.0)}
     count, skipped = common.write_shards(whole, {"vae": "abc"}, encode, extra)
     assert count == 11 and [line.split(":")[0] for line in skipped] == ["05.png"]
+    assert common.write_shards(dataclasses.replace(config, out="part", num_samples=2), {}, encode) == (2, [])
 
     calls = []
 

@@ -159,6 +159,11 @@ def test_what_cannot_go_on_is_refused(train, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=message):
             train(out, **changes)
         assert not (tmp_path / "new").exists()
+    run = common.Run(toy.Config(out="locked", steps=1), "toy")
+    with pytest.raises(UserError, match=r"another run is writing to locked; name another --out \(process \d+\)"):
+        train("locked")
+    run.lock.close()
+    assert train("locked") == 0
     data = toy.load_data(toy.Config())
     monkeypatch.setattr(toy, "load_data", lambda config: common.dataclasses.replace(data, captions=["new"] * 24))
     with pytest.raises(UserError, match="run began with another data"):
@@ -184,14 +189,6 @@ def test_options_that_do_not_change_the_numbers_may_change(train):
     assert train(steps=5, resume="", grad_clip=2.0) == 0
 
 
-def test_one_process_at_a_time_writes_to_a_folder(train):
-    run = common.Run(toy.Config(out="run", steps=1), "toy")
-    with pytest.raises(UserError, match="another run is writing to run; name another --out"):
-        train()
-    run.lock.close()
-    assert train() == 0
-
-
 # ---- what goes wrong on the way ----
 
 
@@ -214,17 +211,20 @@ def test_numbers_that_are_not_finite_stop_the_run_and_spare_the_checkpoint(train
     assert all(t.isfinite().all() for t in load_file("run/state.safetensors").values())
 
 
-def test_full_disk_is_one_line_and_spares_the_checkpoint(train, monkeypatch, capsys):
+def test_full_disk_is_one_line_and_spares_the_files(train, tmp_path, monkeypatch, capsys):
     train(steps=4)
-    before = common.Path("run/state.safetensors").read_bytes()
+    before = {p: p.read_bytes() for p in (tmp_path / "run").glob("*.safetensors")}
 
     def full_disk(tensors, part, metadata):
+        part.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(common, "save_file", full_disk)
     assert toy.main("train --steps 8 --out run --resume --device cpu".split()) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: cannot write run/model.safetensors")
-    assert common.Path("run/state.safetensors").read_bytes() == before
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: cannot write run/model.safetensors") and len(before) == 2
+    assert line.endswith("No space left on device; free some space or name another place")
+    assert before == {p: p.read_bytes() for p in before}
 
 
 # ---- budgets ----

@@ -2,7 +2,7 @@
 
     python experiments/bench.py train_jit_lab sample_jit_lab     pictures per second, each way in turns
     python experiments/bench.py train_dit_t2i --repo ../old      ... and against the same file of another checkout
-    python experiments/bench.py attention scan serpentine vae    parts, against other implementations
+    python experiments/bench.py attention scan serpentine vae    parts on the CPU, against other implementations
     python experiments/bench.py memory scale                     memory of a training step
 
 Rows that begin with train_, sample_ or stream run the files from outside, by their command lines, so --repo may name a
@@ -11,9 +11,7 @@ machine's load varies; times do not. Nothing here is a test.
 """
 
 import argparse
-import copy
 import csv
-import functools
 import http.server
 import io
 import itertools
@@ -26,6 +24,7 @@ import tempfile
 import threading
 import time
 import types
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,38 +37,24 @@ import dit_t2i  # noqa: E402
 import serpentine_vae  # noqa: E402
 import unet_ddpm  # noqa: E402
 
+CPU = torch.device("cpu")
 
-def report(title, medians, unit, decimals=1):
-    """Print the medians, name -> number, each beside its ratio to the first."""
+
+def compare(title, ways, rounds, unit="s"):
+    """Call each of `ways`, name -> function(), in turns, so that all meet the same load. Print the median of each one's
+    results, or of its durations in seconds after two calls to warm up, and the ratio to the first."""
+    results = {name: [] for name in ways}
+    warm_up = 2 if unit == "s" else 0
+    for _ in range(warm_up + rounds):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            result = way()
+            results[name].append(time.perf_counter() - start if unit == "s" else result)
+    medians = {name: statistics.median(values[warm_up:]) for name, values in results.items()}
     print(title, flush=True)
     first = next(iter(medians.values()))
     for name, value in medians.items():
-        print(f"  {name:24s} {value:10.{decimals}f} {unit}   {value / first:5.2f} x the first", flush=True)
-
-
-def in_turns(ways, rounds):
-    """Median result of each function, name -> function(), called in turns so that all meet the same load."""
-    results = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            results[name].append(way())
-    return {name: statistics.median(values) for name, values in results.items()}
-
-
-def median_seconds(functions, rounds):
-    """Median duration of each function, called in turns, after two calls of each to warm up."""
-
-    def timed(function):
-        start = time.perf_counter()
-        function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    for function in functions.values():
-        function()
-        function()
-    return in_turns({name: functools.partial(timed, function) for name, function in functions.items()}, rounds)
+        print(f"  {name:24s} {value:10.4g} {unit}   {value / first:5.2f} x the first", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -79,96 +64,63 @@ LINES = 8  # lines of log.csv, ten steps each, that a round measures
 SKIPPED = 3  # lines before them, in which the compiler works
 
 
-def write_pictures(folder, size):
-    """256 painted faces with captions, as a folder."""
-    for i in range(256):
-        common.paint_face(i, size)[0].save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text("a red car")
-
-
 def training_speed(repo, words):
     """Pictures per second of `python FILE.py train ...` in a checkout, from its log.csv. The budget is so large that no
     samples are taken while it is measured."""
     with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "run" / "log.csv"
+        log, rows = Path(folder) / "run" / "log.csv", []
         end = ["--steps", "100000", "--checkpoint-every", "100000", "--out", str(log.parent)]
         command = [sys.executable, str(repo / words[0]), "train", *words[1:], *end]
-        with open(Path(folder) / "errors", "w+") as errors:
-            process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=errors)
+        pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        with subprocess.Popen(command, cwd=folder, **pipes) as process:
             try:
-                rows = []
-                while process.poll() is None and len(rows) < SKIPPED + LINES:
+                while len(rows) < SKIPPED + LINES:
+                    if process.poll() is not None:
+                        sys.exit(f"{' '.join(command)} ended: {process.stderr.read()[-1000:]}")
                     time.sleep(0.1)
                     rows = list(csv.DictReader(log.read_text().splitlines())) if log.exists() else []
             finally:
                 process.kill()
-                process.wait()
-            if len(rows) < SKIPPED + LINES:
-                errors.seek(0)
-                sys.exit(f"{' '.join(command)} ended: {errors.read()[-1000:]}")
     return statistics.median(float(row["images_per_second"]) for row in rows[SKIPPED : SKIPPED + LINES])
 
 
-def train_row(file, *words, size, ways):
-    """A row that measures `train` in several ways, name -> further words, and the first way in --repo, too."""
-
-    def row(options):
-        with tempfile.TemporaryDirectory() as folder:
-            write_pictures(Path(folder), size)
-            data = [file, "--data", folder, "--image-size", str(size), *words]
-            runs = {name: functools.partial(training_speed, ROOT, data + more.split()) for name, more in ways.items()}
-            if options.repo:
-                first = next(iter(ways.values())).split()
-                runs["--repo"] = functools.partial(training_speed, options.repo, data + first)
-            report(f"train, {file}, {' '.join(words)}", in_turns(runs, options.rounds), "pictures/s")
-
-    return row
+def train(file, size, words, options):
+    """`train` on 256 painted faces, as it runs by default, in two plainer ways and in --repo."""
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(256):
+            common.paint_face(i, size)[0].save(f"{folder}/{i}.png")
+            Path(f"{folder}/{i}.txt").write_text("a red car")
+        shared = [file, "--data", folder, "--image-size", str(size), *words]
+        ways = {name: partial(training_speed, repo, shared) for name, repo in options.repos.items()}
+        for name, more in (("not compiled", ""), ("eager fp32", "--precision fp32")):
+            ways[name] = partial(training_speed, ROOT, [*shared, "--no-compile", *more.split()])
+        compare(f"train, {file} {' '.join(words)}", ways, options.rounds, "pictures/s")
 
 
-WAYS = {"as it runs by default": "", "not compiled": "--no-compile", "eager fp32": "--no-compile --precision fp32"}
-
-# Runs a file's command lines in one process: reads argument lists, prints seconds.
-WORKER = """
-import contextlib, importlib, io, json, sys, time
+# Runs a command line twice in one process and prints the seconds of the second time, without Python's start.
+TWICE = """
+import importlib, sys, time
 sys.path.insert(0, sys.argv[1])
 module = importlib.import_module(sys.argv[2])
-for line in sys.stdin:
+for _ in range(2):
     start = time.perf_counter()
-    with contextlib.redirect_stdout(io.StringIO()):
-        code = module.main(json.loads(line))
-    print(json.dumps([code, time.perf_counter() - start]), flush=True)
+    assert module.main(sys.argv[3:]) == 0
+print(time.perf_counter() - start)
 """
 
 
-def sample_row(system, *words, num):
-    """A row that measures `sample` with the shipped weights: loading, sampling and writing, without Python's start."""
+def sample(system, num, words, options):
+    """`sample` with the shipped weights, here and in --repo: loading, sampling and writing."""
+    words = ["sample", *words, "--num", str(num), "--weights", f"{ROOT}/weights/{system}.safetensors"]
 
-    def row(options):
-        workers, ways = [], {}
+    def speed(repo):
         with tempfile.TemporaryDirectory() as folder:
-            weights = ["--weights", str(ROOT / "weights" / f"{system}.safetensors"), "--out", f"{folder}/x.png"]
-            line = ["sample", *words, *weights]
+            command = [sys.executable, "-c", TWICE, str(repo), system, *words, "--out", f"{folder}/x.png"]
+            done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
+        return num / float(done.stdout.split()[-1])
 
-            def ask(worker):
-                worker.stdin.write(json.dumps(line) + "\n")
-                worker.stdin.flush()
-                code, seconds = json.loads(worker.stdout.readline())
-                assert code == 0, line
-                return num / seconds
-
-            repos = {"here": ROOT} | ({"--repo": options.repo} if options.repo else {})
-            for name, repo in repos.items():
-                start = [sys.executable, "-c", WORKER, str(repo), system]
-                pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-                workers.append(subprocess.Popen(start, cwd=folder, **pipes))
-                ways[name] = functools.partial(ask, workers[-1])
-                ways[name]()
-            report(f"sample, {system}.py, {' '.join(words)}", in_turns(ways, options.rounds + 2), "pictures/s")
-            for worker in workers:
-                worker.stdin.close()
-                worker.wait()
-
-    return row
+    ways = {name: partial(speed, repo) for name, repo in options.repos.items()}
+    compare(f"sample, {system}.py, {num} pictures", ways, options.rounds + 2, "pictures/s")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -194,8 +146,7 @@ class SlowPicture(http.server.BaseHTTPRequestHandler):
 
 def stream(options):
     """Pictures of 256 pixels per second that a very small model is trained on, fetched by 1 thread and by 16."""
-    buffer = io.BytesIO()
-    common.paint_face(0, 256)[0].save(buffer, "JPEG", quality=90)
+    common.paint_face(0, 256)[0].save(buffer := io.BytesIO(), "JPEG", quality=90)
     SlowPicture.content = buffer.getvalue()
     server = http.server.ThreadingHTTPServer(("", 0), SlowPicture)
     server.handle_error = lambda *_: None  # its clients are killed
@@ -204,16 +155,15 @@ def stream(options):
     with tempfile.TemporaryDirectory() as folder:
         # Two addresses, since dit_t2i.py asks one host for at most 8 pictures at a time.
         urls = [f"http://127.0.0.{1 + n % 2}:{server.server_port}/{n}" for n in range(10_000)]
-        lines = [{"url": url, "caption": "a face"} for url in urls]
-        (Path(folder) / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        lines = [json.dumps({"url": url, "caption": "a face"}) for url in urls]
+        Path(f"{folder}/lines.jsonl").write_text("\n".join(lines))
         words = ["dit_t2i.py", "--stream", f"{folder}/lines.jsonl", "--private-hosts", "--no-compile", *small.split()]
         ways = {
-            f"{threads} threads{name}": functools.partial(training_speed, repo, [*words, "--threads", str(threads)])
-            for name, repo in {"": ROOT, " of --repo": options.repo}.items()
+            f"{threads} threads, {name}": partial(training_speed, repo, [*words, "--threads", str(threads)])
+            for name, repo in options.repos.items()
             for threads in (1, 16)
-            if repo
         }
-        report("train --stream, a server that takes 50 ms", in_turns(ways, 1), "pictures/s")
+        compare("train --stream, a server that takes 50 ms", ways, 1, "pictures/s")
     server.shutdown()
 
 
@@ -223,37 +173,33 @@ def stream(options):
 
 def attention(options):
     for tokens in (100, 400):
-        q, k, v = torch.randn(3, 16, 6, tokens, 64, device=options.device).bfloat16().unbind(0)
+        q, k, v = torch.randn(3, 16, 6, tokens, 64).bfloat16().unbind(0)
         for x in (q, k, v):
             x.requires_grad_()
         ways = {
             "common.attention": lambda q=q, k=k, v=v: common.attention(q, k, v).sum().backward(),
             "torch's fused kernel": lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v).sum().backward(),
         }
-        report(f"attention over {tokens} tokens, bf16, forward and backward", median_seconds(ways, 15), "s", 5)
+        compare(f"attention over {tokens} tokens, bf16, forward and backward", ways, 15)
 
 
 def scan(options):
-    """The scan against a loop over 4,096 positions."""
-    a = torch.rand(1, 4096, 128, device=options.device)
-    b = torch.randn(1, 4096, 128, device=options.device)
+    """The scan along all eight paths against a loop over 4,096 positions."""
+    a = torch.rand(1, 4096, 128, requires_grad=True)
+    b = torch.randn(1, 4096, 128, requires_grad=True)
 
-    def loop(a, b):
+    def loop():
         h, states = torch.zeros_like(b[:, 0]), []
         for t in range(b.shape[1]):
             h = a[:, t] * h + b[:, t]
             states.append(h)
         return torch.stack(states, dim=1)
 
-    ways = {"scan": lambda: serpentine_vae.scan(a, b), "loop": lambda: loop(a, b)}
-    report("scan of 4,096 positions, forward", median_seconds(ways, 7), "s", 5)
-    a.requires_grad_()
-    b.requires_grad_()
     ways = {
         "scan": lambda: serpentine_vae.scan_map(a, b, 64, 64).sum().backward(),
-        "loop": lambda: loop(a, b).sum().backward(),
+        "loop": lambda: loop().sum().backward(),
     }
-    report("forward and backward, the scan along all eight paths", median_seconds(ways, 5), "s", 5)
+    compare("scan of 4,096 positions, forward and backward", ways, 5)
 
 
 def peak_bytes(function):
@@ -266,11 +212,11 @@ def peak_bytes(function):
 
 def serpentine(options):
     """A serpentine layer against full self-attention of the same width, forward and backward, one map."""
-    width, heads, fast, memory = 128, 4, common.pick_precision("auto", options.device), {}
+    width, heads, fast, memory = 128, 4, common.pick_precision("auto", CPU), {}
     torch.manual_seed(0)
     layer, norm = serpentine_vae.Serpentine(width), serpentine_vae.LayerNorm2d(width)
     enter, leave = torch.nn.Linear(width, 3 * width), torch.nn.Linear(width, width)
-    modules = torch.nn.ModuleList([layer, norm, enter, leave]).to(options.device)
+    modules = torch.nn.ModuleList([layer, norm, enter, leave])
 
     def attend(x):
         tokens = norm(x).flatten(2).transpose(1, 2)
@@ -279,25 +225,22 @@ def serpentine(options):
         return x + leave(mixed).transpose(1, 2).unflatten(2, x.shape[2:])
 
     for side in (32, 64, 128):
-        x = torch.randn(1, width, side, side, device=options.device).to(memory_format=torch.channels_last)
-        x.requires_grad_()
+        x = torch.randn(1, width, side, side).to(memory_format=torch.channels_last).requires_grad_()
 
         def both_ways(block, x=x):
-            with common.autocast(options.device, fast):
+            with common.autocast(CPU, fast):
                 block(x).float().sum().backward()
             modules.zero_grad()
 
         ways = {
-            "serpentine": functools.partial(both_ways, layer),
-            "torch's attention": functools.partial(both_ways, attend),
+            "serpentine": partial(both_ways, layer),
+            "torch's attention": partial(both_ways, attend),
         }
-        report(f"{side} x {side}, forward and backward", median_seconds(ways, 5), "s", 4)
-        if options.device.type == "cpu":
-            memory[side] = peak_bytes(ways["serpentine"])
-            print(f"  the serpentine takes {memory[side] / 2**20:.1f} MiB")
-    if memory:
-        growth = math.log(memory[128] / memory[32]) / math.log(128**2 / 32**2)
-        print(f"the serpentine's memory grows as positions to the power of {growth:.2f}")
+        compare(f"{side} x {side}, forward and backward", ways, 5)
+        memory[side] = peak_bytes(ways["serpentine"])
+        print(f"  the serpentine takes {memory[side] / 2**20:.1f} MiB")
+    growth = math.log(memory[128] / memory[32]) / math.log(128**2 / 32**2)
+    print(f"the serpentine's memory grows as positions to the power of {growth:.2f}")
 
 
 @torch.no_grad()
@@ -305,26 +248,21 @@ def vae(options):
     """Four pictures of 256 pixels decoded, against diffusers with the same weights."""
     import diffusers
 
-    widths = (128, 256, 512, 512)
-    blocks = {
-        f"{way}_block_types": (f"{way.title()}{part}Block2D",) * 4
-        for way, part in (("down", "Encoder"), ("up", "Decoder"))
-    }
-    theirs = diffusers.AutoencoderKL(block_out_channels=widths, layers_per_block=2, latent_channels=4, **blocks)
-    theirs = theirs.to(options.device).eval()
-    ours = common.AutoencoderKL().to(options.device).eval().to(memory_format=torch.channels_last)
+    blocks = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+    sizes = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4)
+    theirs = diffusers.AutoencoderKL(**blocks, **sizes).eval()
+    ours = common.AutoencoderKL().eval().to(memory_format=torch.channels_last)
     ours.load_state_dict(theirs.state_dict())
-    latent, fast = torch.randn(4, 4, 32, 32, device=options.device), common.pick_precision("auto", options.device)
+    latent, fast = torch.randn(4, 4, 32, 32), common.pick_precision("auto", CPU)
 
     def decode():
-        with common.autocast(options.device, fast):
+        with common.autocast(CPU, fast):
             return ours.decode(latent)
 
     ways = {f"ours, {fast}": decode, "diffusers, fp32": lambda: theirs.decode(latent / 0.18215).sample}
-    report("VAE, 4 pictures decoded", median_seconds(ways, 3), "s")
-    if options.device.type == "cpu":
-        for name, way in ways.items():
-            print(f"  {name}: {peak_bytes(way) / 2**20:.0f} MiB beside the weights")
+    compare("VAE, 4 pictures decoded", ways, 3)
+    for name, way in ways.items():
+        print(f"  {name}: {peak_bytes(way) / 2**20:.0f} MiB beside the weights")
 
 
 @torch.no_grad()
@@ -334,36 +272,24 @@ def peer(options):
     # The package imports torchvision, which its sampler does not use.
     for name in ("torchvision", "torchvision.transforms", "torchvision.utils"):
         sys.modules[name] = types.ModuleType(name)
-    sys.modules["torchvision"].transforms = sys.modules["torchvision.transforms"]
-    sys.modules["torchvision"].utils = sys.modules["torchvision.utils"]
     from denoising_diffusion_pytorch import GaussianDiffusion
 
-    model, config = unet_ddpm.load_model(ROOT / "weights" / "unet_ddpm_ddpm.safetensors", options.device)
-
-    class Theirs(torch.nn.Module):
-        """The same network as their loop calls it."""
-
-        channels, out_dim, self_condition, random_or_learned_sinusoidal_cond = 12, 12, False, False
-
-        def __init__(self):
-            super().__init__()
-            self.network = copy.deepcopy(model)
-
-        def forward(self, x, t, x_self_cond=None):
-            return self.network(x, t)
-
+    model, config = unet_ddpm.load_model(ROOT / "weights" / "unet_ddpm_ddpm.safetensors", "cpu")
+    # What their loop asks of a network.
+    model.channels = model.out_dim = 12
+    model.self_condition = model.random_or_learned_sinusoidal_cond = False
     sizes = dict(image_size=20, timesteps=1000, sampling_timesteps=20)
-    theirs = GaussianDiffusion(Theirs(), objective="pred_noise", auto_normalize=False, **sizes).to(options.device)
+    theirs = GaussianDiffusion(model, objective="pred_noise", auto_normalize=False, **sizes)
     ways = {
         "unet_ddpm.sample": lambda: unet_ddpm.sample(model, config, num=32, steps=20),
         "their loop": lambda: theirs.sample(batch_size=32),
     }
-    report("32 pictures by DDIM in 20 steps", median_seconds(ways, 5), "s")
+    compare("32 pictures by DDIM in 20 steps", ways, 5)
 
 
 def solvers(options):
     """Distance of dit_t2i.py's samples from the exact path, 200 steps of Heun, over 32 prompts, in units of [-1, 1]."""
-    model, config = dit_t2i.load_model(ROOT / "weights" / "dit_t2i.safetensors", options.device)
+    model, config = dit_t2i.load_model(ROOT / "weights" / "dit_t2i.safetensors", "cpu")
     encoder = dit_t2i.load_text_encoder(model, "")
     colours = "red orange yellow green teal blue purple pink".split()
     text = encoder([f"a {colour} {thing}" for thing in ("car", "fish", "house", "apple") for colour in colours])
@@ -386,13 +312,12 @@ def solvers(options):
 def memory(options):
     """Bytes of tensors in one whole optimizer step of a paper preset in bf16, counted on the CPU, beside the weights,
     AdamW's moments and the averaged weights."""
-    cpu = torch.device("cpu")
 
     def step(model, config, *inputs):
-        optimizer, _ = common.make_optimizer(config, model, cpu)
+        optimizer, _ = common.make_optimizer(config, model, CPU)
 
         def once():
-            with common.autocast(cpu, "bf16"):
+            with common.autocast(CPU, "bf16"):
                 output = model(*inputs)
             output.square().mean().backward()
             optimizer.step()
@@ -402,9 +327,8 @@ def memory(options):
         return peak_bytes(once) / 2**30
 
     for checkpointing in (False, True):
-        config = common.make_config(
-            dit_t2i.Config, {"preset": "paper", "checkpoint_activations": checkpointing}, dit_t2i.PRESETS
-        )
+        given = dict(preset="paper", checkpoint_activations=checkpointing)
+        config = common.make_config(dit_t2i.Config, given, dit_t2i.PRESETS)
         inputs = torch.randn(4, 4, 32, 32), torch.rand(4), torch.randn(4, 77, 768)
         peak = step(dit_t2i.build_model(config, (4, 32)), config, *inputs)
         print(f"dit_t2i, 258M, batch 4, --checkpoint-activations {checkpointing}: {peak:.2f} GiB", flush=True)
@@ -440,10 +364,10 @@ def kept_for_backward(config, batch):
     return sum(kept.values()), counter.get_total_flops()
 
 
-def scale(options, gpus=8, batch=8, flops=989e12, share=0.4):
-    """The table of docs/distributed.md, COMPUTED from the shapes of the dual-stream transformer: `batch` pictures on
-    each GPU, of which training gets a share of its FLOP/s. Weights, gradients, two moments and averages take 20 bytes
-    for each parameter."""
+def scale(options):
+    """The table of docs/distributed.md, COMPUTED from the shapes of the dual-stream transformer: 8 pictures on each of
+    8 GPUs, of whose 989 TFLOP/s training gets 40 %. Weights, gradients, two moments and averages take 20 bytes for each
+    parameter."""
     print("| parameters | layers x width | one GPU, or DDP | --fsdp on 8 | and --checkpoint-activations | tokens/s |")
     for depth, heads in ((12, 12), (16, 16), (24, 20), (28, 28)):
         given = dict(preset="paper", depth=depth, num_heads=heads)
@@ -451,16 +375,15 @@ def scale(options, gpus=8, batch=8, flops=989e12, share=0.4):
         kept = {}
         for twice in (False, True):
             config.checkpoint_activations = twice
-            one, work = kept_for_backward(config, 1)
-            more, _ = kept_for_backward(config, 2)
-            kept[twice] = one + (batch - 1) * (more - one)
+            (one, work), (two, _) = (kept_for_backward(config, batch) for batch in (1, 2))
+            kept[twice] = one + 7 * (two - one)
             if not twice:
-                speed = 256 * flops * share / work
+                speed = 256 * 0.4 * 989e12 / work
         with torch.device("meta"):
             model = dit_t2i.build_model(config, (4, 32))
         count = sum(p.numel() for p in model.parameters())
         layer = sum(p.numel() for p in model.layers[0].parameters())
-        shards = 20 * count / gpus + 8 * layer  # two layers are whole at a time: one computes, the next is on its way
+        shards = 20 * count / 8 + 8 * layer  # two layers are whole at a time: one computes, the next is on its way
         row = [f"{count / 1e6:,.0f} M", f"{depth} x {64 * heads}", f"{(20 * count + kept[False]) / 2**30:.1f} GiB"]
         row += [f"{(shards + kept[twice]) / 2**30:.1f} GiB" for twice in (False, True)]
         print("|", " | ".join([*row, f"{speed:,.0f}"]), "|", flush=True)
@@ -469,26 +392,18 @@ def scale(options, gpus=8, batch=8, flops=989e12, share=0.4):
 # ----------------------------------------------------------------------------------------------------------------
 # Command line
 
-VAE_WEIGHTS = "--vae", str(ROOT / "weights" / "serpentine_vae.safetensors")
+VAE_WEIGHTS = "--vae", f"{ROOT}/weights/serpentine_vae.safetensors"
 ROWS = {
-    "train_jit_lab": train_row("jit_lab.py", "--color-fraction", "1", "--full-image-prob", "1", size=80, ways=WAYS),
-    "train_dit_t2i": train_row("dit_t2i.py", size=64, ways=WAYS),
-    "train_unet_ddpm": train_row("unet_ddpm.py", size=40, ways=WAYS),
-    "train_serpentine": train_row("serpentine_vae.py", *VAE_WEIGHTS, size=80, ways=WAYS),
-    "sample_jit_lab": sample_row("jit_lab", "--num", "16", num=16),
-    "sample_dit_t2i": sample_row("dit_t2i", "a red car", "--num", "4", num=4),
-    "sample_unet_ddpm": sample_row("unet_ddpm", "--num", "32", "--steps", "20", num=32),
-    "sample_serpentine": sample_row("serpentine_vae", "--num", "16", num=16),
-    "stream": stream,
-    "attention": attention,
-    "scan": scan,
-    "serpentine": serpentine,
-    "vae": vae,
-    "peer": peer,
-    "solvers": solvers,
-    "memory": memory,
-    "scale": scale,
+    "train_jit_lab": partial(train, "jit_lab.py", 80, ["--color-fraction", "1", "--full-image-prob", "1"]),
+    "train_dit_t2i": partial(train, "dit_t2i.py", 64, []),
+    "train_unet_ddpm": partial(train, "unet_ddpm.py", 40, []),
+    "train_serpentine": partial(train, "serpentine_vae.py", 80, VAE_WEIGHTS),
+    "sample_jit_lab": partial(sample, "jit_lab", 16, []),
+    "sample_dit_t2i": partial(sample, "dit_t2i", 4, ["a red car"]),
+    "sample_unet_ddpm": partial(sample, "unet_ddpm", 32, ["--steps", "20"]),
+    "sample_serpentine": partial(sample, "serpentine_vae", 16, []),
 }
+ROWS |= {row.__name__: row for row in (stream, attention, scan, serpentine, vae, peer, solvers, memory, scale)}
 
 
 def parse(words):
@@ -500,8 +415,7 @@ def parse(words):
     options = parser.parse_args(words)
     if unknown := set(options.rows) - set(ROWS):
         parser.error(f"no row {', '.join(unknown)}; rows: {', '.join(ROWS)}")
-    options.repo = options.repo and options.repo.resolve()
-    options.device = common.pick_device("auto")
+    options.repos = {"this code": ROOT} | ({"--repo": options.repo.resolve()} if options.repo else {})
     return options
 
 

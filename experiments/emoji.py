@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageDraw, ImageFont
+from skimage.color import rgb2hsv
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -140,12 +141,8 @@ def tint(rgba, colour):
 
 def hue(rgb):
     """(B, 3, H, W) -> hue in turns and chroma, each (B, H, W), as in HSV."""
-    top, low = rgb.amax(dim=1), rgb.amin(dim=1)
-    chroma = top - low
-    red, green, blue = rgb.unbind(1)
-    safe = chroma.clamp(min=1e-6)
-    other = torch.where(top == green, (blue - red) / safe + 2, (red - green) / safe + 4)
-    return torch.where(top == red, (green - blue) / safe % 6, other) / 6, chroma
+    turn, saturation, value = torch.from_numpy(rgb2hsv(rgb.numpy(), channel_axis=1)).unbind(1)
+    return turn, saturation * value
 
 
 # ----------------------------------------------------------------------------------------------------------------

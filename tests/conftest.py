@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # two processes with a core each; torch reads this when it is imported
@@ -13,6 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import common
+import dit_t2i
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -39,10 +41,6 @@ def folder(tmp_path):
 @pytest.fixture
 def partners(tmp_path):
     """A tiny VAE and a tiny CLIP with the published tokenizer, as files: (VAE, folder of CLIP)."""
-    import shutil
-
-    import dit_t2i
-
     save_file(common.AutoencoderKL(widths=(32, 32, 32, 32)).state_dict(), tmp_path / "vae.safetensors")
     clip = dit_t2i.ClipTextEncoder(dim=64, hidden=64, depth=1)
     folder = tmp_path / "clip"

@@ -1,5 +1,6 @@
-"""common.py: learning rates, averages and optimizers, random numbers, checkpoints, options and errors."""
+"""common.py: learning rates, averages and optimizers, random numbers, checkpoints, autoencoders, options and errors."""
 
+import copy
 import dataclasses
 import math
 import pickle
@@ -11,7 +12,7 @@ import toy
 from safetensors.torch import save_file
 
 import common
-from common import BatchRng, UserError
+from common import AutoencoderKL, BatchRng, UserError
 
 # ---- optimization ----
 
@@ -52,8 +53,7 @@ def test_muon_makes_all_directions_of_a_step_equally_long():
     """Against U V^T of the gradient's singular value decomposition, of which its five iterations stay within a third;
     parameters that are no matrix take AdamW's step."""
     model = torch.nn.Linear(24, 40)
-    twin = torch.nn.Linear(24, 40)
-    twin.load_state_dict(model.state_dict())
+    twin = copy.deepcopy(model)
     before = model.weight.detach().clone()
     config = toy.Config(optimizer="muon", lr=0.01)
     optimizer, _ = common.make_optimizer(config, model, torch.device("cpu"), [model])
@@ -72,38 +72,16 @@ def test_muon_makes_all_directions_of_a_step_equally_long():
     assert torch.allclose(model.bias, twin.bias, atol=1e-7)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_optimizer_goes_on_exactly_and_refuses_a_state_that_is_not_its_own(kind):
-    config = toy.Config(optimizer=kind)
-
-    def fresh():
-        torch.manual_seed(0)
-        model = toy.Model(8)
-        return model, common.make_optimizer(config, model, torch.device("cpu"), model.blocks)[0]
-
-    def step(model, optimizer):
-        model(torch.ones(2, 3, 8, 8)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    model, optimizer = fresh()
-    for _ in range(3):
-        step(model, optimizer)
-    tensors = {k: v.clone() for k, v in common.optimizer_state(model, optimizer)[1].items()}
-    slots = {"momentum_buffer"} if kind == "muon" else {"step", "exp_avg", "exp_avg_sq"}
-    assert {k.partition(":")[2] for k in tensors if k.startswith("blocks.0.up.weight")} == slots
-    twin, twin_optimizer = fresh()
-    twin.load_state_dict(model.state_dict())
-    common.load_optimizer(twin, twin_optimizer, tensors, "state")
-    for _ in range(2):
-        step(model, optimizer)
-        step(twin, twin_optimizer)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters()))
-
-    key = f"blocks.0.up.weight:{sorted(slots)[0]}"
-    for broken in ({k: v for k, v in tensors.items() if k != key}, tensors | {key: torch.zeros(3, 3)}):
-        with pytest.raises(UserError, match=f"state: no {key} of this model's shape"):
-            common.load_optimizer(twin, twin_optimizer, broken, "state")
+@pytest.mark.parametrize("kind, slots", [("adamw", ["exp_avg", "exp_avg_sq", "step"]), ("muon", ["momentum_buffer"])])
+def test_state_that_is_not_the_optimizers_own_is_refused(kind, slots):
+    model, config = toy.Model(8), toy.Config(optimizer=kind)
+    optimizer, _ = common.make_optimizer(config, model, torch.device("cpu"), model.blocks)
+    tensors = common.optimizer_state(model, optimizer)[1]
+    keys = sorted(k for k in tensors if k.startswith("blocks.0.up.weight"))
+    assert keys == [f"blocks.0.up.weight:{slot}" for slot in slots]
+    for broken in ({k: v for k, v in tensors.items() if k != keys[0]}, tensors | {keys[0]: torch.zeros(3, 3)}):
+        with pytest.raises(UserError, match=f"state: no {keys[0]} of this model's shape"):
+            common.load_optimizer(model, optimizer, broken, "state")
 
 
 def test_blocks_are_compiled_where_the_budget_is_long_enough_to_gain(monkeypatch):
@@ -137,28 +115,7 @@ def test_numbers_of_a_row_do_not_depend_on_processes_and_accumulation(monkeypatc
             assert sorted(seen) == list(range(12))
 
 
-def test_noise_of_a_picture_depends_on_its_seed_only():
-    assert torch.equal(common.noise_for([3, 4, 5], (2, 2), "cpu")[1], common.noise_for([4], (2, 2), "cpu")[0])
-
-
 # ---- checkpoints ----
-
-
-def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "model.safetensors"
-    tensors = {"a": torch.randn(3, 4), "b": torch.arange(5)}
-    common.save_tensors(path, tensors, {"config": {"lr": 0.1}})
-
-    def full_disk(tensors, part, metadata):
-        part.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(common, "save_file", full_disk)
-    with pytest.raises(UserError, match=r"cannot write .*: .* No space left on device; free some space"):
-        common.save_tensors(path, {"a": torch.zeros(1)}, {})
-    loaded, header = common.load_tensors(path)
-    assert all(torch.equal(loaded[k], tensors[k]) for k in tensors) and header == {"config": {"lr": 0.1}}
-    assert common.load_tensors(path, header_only=True) == ({}, header)
 
 
 def test_foreign_weights_have_no_header_and_run_no_code(tmp_path):
@@ -179,13 +136,20 @@ def test_foreign_weights_have_no_header_and_run_no_code(tmp_path):
     assert not (tmp_path / "hacked").exists()
 
 
+def test_prefixes_of_wrappers_are_taken_off(tmp_path):
+    weights = {"a.weight": torch.ones(2), "b": torch.zeros(1)}
+    for prefix in ("", "module.", "_orig_mod.", "module._orig_mod."):
+        save_file({prefix + k: v for k, v in weights.items()}, tmp_path / "w.safetensors", {"config": "not JSON"})
+        assert common.load_tensors(tmp_path / "w.safetensors")[0].keys() == weights.keys()
+    torch.save({"model_ema1": {"module." + k: v for k, v in weights.items()}, "epoch": 3}, tmp_path / "w.PTH")
+    assert common.load_tensors(tmp_path / "w.PTH")[0]["model_ema1"].keys() == weights.keys()
+
+
 def test_weights_that_do_not_fit_are_named():
     weights = {k: v for k, v in toy.Model(8).state_dict().items() if k != "conv_in.bias"}
     weights |= {"extra": torch.zeros(1), "conv_out.bias": torch.zeros(5)}
-    message = (
-        r"w.pt does not fit this model: conv_in.bias is missing; extra is unknown; conv_out.bias is \(5,\), not \(3"
-    )
-    with pytest.raises(UserError, match=message):
+    message = r"w.pt does not fit this model: conv_in.bias is missing; extra is unknown; conv_out.bias is \(5,\), not"
+    with pytest.raises(UserError, match=message + r" \(3"):
         common.load_into(toy.Model(8), weights, "w.pt")
 
 
@@ -197,6 +161,30 @@ def test_weights_come_from_what_is_named_then_the_run_then_the_shipped_file(tmp_
     assert common.find_weights("", "jit_lab").parent.name == "weights"
     common.save_tensors(tmp_path / "runs" / "jit_lab" / "model.safetensors", {}, {})
     assert str(common.find_weights("", "jit_lab")) == "runs/jit_lab/model.safetensors"
+
+
+# ---- autoencoders ----
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.bin"])
+def test_variants_of_a_vae_load_with_the_scale_of_their_configuration(tmp_path, name):
+    weights, path = {k: v.half() for k, v in AutoencoderKL(widths=(32,) * 4).state_dict().items()}, tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    (torch.save if path.suffix == ".bin" else save_file)(weights, path)
+    assert common.load_vae(tmp_path).scale == 0.18215
+    path.with_name("config.json").write_text('{"scaling_factor": 0.13025, "shift_factor": 0.5}')
+    vae, latent = common.load_vae(tmp_path), torch.tensor([1.5])
+    assert torch.allclose(vae.normalise(latent), torch.tensor([0.13025]))
+    assert torch.allclose(vae.normalise(vae.normalise(latent), inverse=True), latent)
+
+
+def test_an_autoencoder_never_overflows_in_fp16():
+    vae, x = AutoencoderKL(widths=(32,) * 4).eval(), torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        vae.encoder.conv_in.weight.mul_(1e6)
+        expected = vae.encode(x)
+        with common.autocast(torch.device("cpu"), "fp16"):
+            assert torch.equal(vae.encode(x), expected) and expected.isfinite().all()
 
 
 # ---- options and errors ----
@@ -265,11 +253,16 @@ def test_errors_of_a_program_become_one_line_and_bugs_do_not(run_options):
 
         return act
 
-    for problem in (UserError("no file"), PermissionError(13, "denied", "x")):
+    no_memory = "out of memory; lower --batch-size or the pictures' size, or raise --grad-accum"
+    for problem, line in [
+        (UserError("no file"), "no file"),
+        (UserError("\x1b[31m\nall is well"), r"\x1b[31m\nall is well"),  # a file's name is no command to the terminal
+        (PermissionError(13, "denied", "x"), "[Errno 13] denied: 'x'"),
+        (MemoryError(), no_memory),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), no_memory),
+    ]:
         code, _, _, err = run_options("go", fail(problem))
-        assert code == 2 and err == f"error: {problem}\n"
-    for problem in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")):
-        assert "error: out of memory; lower --batch-size" in run_options("go", fail(problem))[3]
+        assert code == 2 and err == f"error: {line}\n"
     assert run_options("go", fail(KeyboardInterrupt()))[0] == 130
     with pytest.raises(RuntimeError):
         run_options("go", fail(RuntimeError("a bug")))

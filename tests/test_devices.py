@@ -61,7 +61,7 @@ def gpu(monkeypatch, tmp_path):
         monkeypatch.setattr(torch.Tensor, name, lambda self, *more: make(self) if self.is_meta else honest(self, *more))
 
     answer("cpu", lambda self: torch.rand(self.shape).to(self.dtype))
-    answer("tolist", lambda self: torch.rand(self.shape).to(self.dtype).tolist())
+    answer("tolist", lambda self: self.cpu().tolist())
     for name, value in (("item", 0.5), ("__float__", 0.5), ("__int__", 1), ("__bool__", True)):
         answer(name, lambda self, value=value: value)
 

@@ -3,8 +3,7 @@
 `python tests/test_docs.py` corrects the line numbers in links such as [JiT](jit_lab.py#L219).
 """
 
-import ast
-import importlib.util
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -20,12 +19,7 @@ LINE_LINK = re.compile(r"\[(\w+)\]\((\w+\.py)#L(\d+)\)")
 
 def load(file):
     """The module of a file such as "experiments/emoji.py"."""
-    if "/" not in file:
-        return importlib.import_module(file[:-3])
-    spec = importlib.util.spec_from_file_location(Path(file).stem, ROOT / file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(file[:-3].replace("/", "."))
 
 
 def line_of(name, file):
@@ -34,21 +28,14 @@ def line_of(name, file):
     return next((i for i, line in enumerate(lines, 1) if re.match(rf"(def|class) {name}\b", line)), 0)
 
 
-def with_right_lines(text):
-    return LINE_LINK.sub(lambda m: f"[{m[1]}]({m[2]}#L{line_of(m[1], m[2])})", text)
-
-
-def code_of(text):
-    """The code blocks without a language, and what stands between backticks and begins with python."""
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S)
-    return [block for language, block in blocks if not language] + re.findall(r"`(python [^`\n]+)`", text)
-
-
 def commands():
-    """(where, file, words) of each command: in code blocks, between backticks, and in the files' docstrings."""
-    texts = {path.name: "\n".join(code_of(text)) for path, text in TEXT.items()}
-    for name in SYSTEMS:
-        texts[f"{name}.py"] = ast.get_docstring(ast.parse((ROOT / f"{name}.py").read_text()))
+    """(where, file, words) of each command: in code blocks without a language, between backticks, and in the files'
+    docstrings."""
+    texts = {f"{name}.py": load(f"{name}.py").__doc__ for name in SYSTEMS}
+    for path, text in TEXT.items():
+        blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S)
+        found = [block for language, block in blocks if not language] + re.findall(r"`(python [^`\n]+)`", text)
+        texts[path.name] = "\n".join(found)
     for where, text in texts.items():
         for line in text.replace("\\\n", " ").splitlines():
             found = re.match(r"\s*(?:python|torchrun .*?) ?((?:experiments/)?\w+\.py)(?: (.*))?$", line)
@@ -129,5 +116,5 @@ def test_the_readme_s_python_snippet_runs(monkeypatch):
 
 
 if __name__ == "__main__":
-    for path in DOCS:
-        path.write_text(with_right_lines(path.read_text()))
+    for path, text in TEXT.items():
+        path.write_text(LINE_LINK.sub(lambda m: f"[{m[1]}]({m[2]}#L{line_of(m[1], m[2])})", text))

@@ -1,8 +1,10 @@
 """Run folders, as a user meets them: checkpoints, resuming, budgets, interrupts, the log and the page. tests/toy.py is
 the model file."""
 
+import contextlib
 import csv
 import gc
+import io
 import os
 import re
 import signal
@@ -106,32 +108,33 @@ def test_killed_run_resumes_to_the_same_bits(train, tmp_path):
     process.kill()
     process.wait()
     assert 0 < header_of("killed")["step"] < 80
-    (tmp_path / "killed" / ".model.safetensors.part").touch()
+    for name in (".model.safetensors.part", ".tmp1a2b3c"):
+        (tmp_path / "killed" / name).touch()
     assert toy.main([*words[2:], "--resume", "--checkpoint-every", "80"]) == 0
     assert_same_bits("whole", "killed")
-    assert not list((tmp_path / "killed").glob(".*.part"))
+    assert [path.name for path in (tmp_path / "killed").glob(".*")] == [".lock"]
 
 
 def test_run_that_died_before_its_first_checkpoint_starts_afresh(train, at_step):
-    def die():
-        raise RuntimeError
-
-    at_step(15, die)
-    with pytest.raises(RuntimeError):
+    at_step(15, lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
         train()
     gc.collect()  # as the end of a process does, this gives the folder's lock back
     assert len(log_of("run")) == 1
     assert train() == 0 and [row["step"] for row in log_of("run")] == ["10", "20"]
 
 
-def test_log_and_samples_behind_the_checkpoint_are_cut_off(train, at_step):
-    train(steps=20)
-    with open("run/log.csv", "a") as file:
-        file.write("30,1,240" + ",1" * 12 + "\n40,1")
-    Image.new("RGB", (4, 4)).save("run/samples/step_000030.png")
-    train(steps=40, resume="")
-    assert [row["step"] for row in log_of("run")] == ["10", "20", "30", "40"] and log_of("run")[2]["seconds"] != "1"
-    assert [p.name for p in sorted(common.Path("run/samples").iterdir())] == ["step_000020.png", "step_000040.png"]
+def test_log_and_samples_behind_the_checkpoint_and_damaged_lines_are_cut_off(train):
+    train(steps=10)
+    log = common.Path("run/log.csv").read_bytes()
+    later, ends = b"30,1,240" + b",1" * 12 + b"\n40,1", range(20, 80, 10)
+    damaged = [b"\r\n" + log, b"\xff\xfe" + log, log + b"\0" * 40 + b",,,,\n", log + b"abc,1,2\n"]
+    for end, content in zip(ends, [log + later, *damaged, log + b"2,1,8,x,4,5,6" + b"," * 8], strict=True):
+        common.Path("run/log.csv").write_bytes(content)
+        Image.new("RGB", (4, 4)).save("run/samples/step_000099.png")
+        train(steps=end, resume="")
+        assert [row["step"] for row in log_of("run")] == ["10", str(end)]
+    assert sorted(os.listdir("run/samples")) == [f"step_{step:06d}.png" for step in (10, *ends)]
 
 
 @pytest.mark.parametrize("named", ["run", "run/state.safetensors", "run/model.safetensors"])
@@ -156,17 +159,25 @@ def test_what_cannot_go_on_is_refused(train, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=message):
             train(out, **changes)
         assert not (tmp_path / "new").exists()
+    run = common.Run(toy.Config(out="locked", steps=1), "toy")
+    with pytest.raises(UserError, match=r"another run is writing to locked; name another --out \(process \d+\)"):
+        train("locked")
+    run.lock.close()
+    assert train("locked") == 0
     data = toy.load_data(toy.Config())
     monkeypatch.setattr(toy, "load_data", lambda config: common.dataclasses.replace(data, captions=["new"] * 24))
     with pytest.raises(UserError, match="run began with another data"):
         train(resume="")
     monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
-    common.save_tensors("run/state.safetensors", {}, {"system": "other"})
-    with pytest.raises(UserError, match=r"run/state.safetensors is not a run of toy.py"):
-        train(resume="")
-    del before[tmp_path / "run" / "state.safetensors"]
     assert before == {p: p.read_bytes() for p in before}
+    monkeypatch.chdir(tmp_path)
+    tensors, header = common.load_tensors("run/state.safetensors")
+    unreadable = [{"step": "x"}, {"images": None}, {"seconds": []}, {"config": [1]}, {"best": {}}]
+    messages = ["is not a readable checkpoint"] * len(unreadable) + ["step -1", "is not a run of toy.py"]
+    for damage, message in zip([*unreadable, {"step": -1}, {"system": "other"}], messages):
+        common.save_tensors("run/state.safetensors", tensors, header | damage)
+        with pytest.raises(UserError, match=rf"run/state.safetensors .*{message}"):
+            train(resume="")
 
 
 def test_options_that_do_not_change_the_numbers_may_change(train):
@@ -176,14 +187,6 @@ def test_options_that_do_not_change_the_numbers_may_change(train):
     del header["config"]["grad_clip"]  # of a run that is older than this option
     common.save_tensors("run/state.safetensors", tensors, header)
     assert train(steps=5, resume="", grad_clip=2.0) == 0
-
-
-def test_one_process_at_a_time_writes_to_a_folder(train):
-    run = common.Run(toy.Config(out="run", steps=1), "toy")
-    with pytest.raises(UserError, match="another run is writing to run; name another --out"):
-        train()
-    run.lock.close()
-    assert train() == 0
 
 
 # ---- what goes wrong on the way ----
@@ -208,17 +211,20 @@ def test_numbers_that_are_not_finite_stop_the_run_and_spare_the_checkpoint(train
     assert all(t.isfinite().all() for t in load_file("run/state.safetensors").values())
 
 
-def test_full_disk_is_one_line_and_spares_the_checkpoint(train, monkeypatch, capsys):
+def test_full_disk_is_one_line_and_spares_the_files(train, tmp_path, monkeypatch, capsys):
     train(steps=4)
-    before = common.Path("run/state.safetensors").read_bytes()
+    before = {p: p.read_bytes() for p in (tmp_path / "run").glob("*.safetensors")}
 
     def full_disk(tensors, part, metadata):
+        part.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(common, "save_file", full_disk)
     assert toy.main("train --steps 8 --out run --resume --device cpu".split()) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: cannot write run/model.safetensors")
-    assert common.Path("run/state.safetensors").read_bytes() == before
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: cannot write run/model.safetensors") and len(before) == 2
+    assert line.endswith("No space left on device; free some space or name another place")
+    assert before == {p: p.read_bytes() for p in before}
 
 
 # ---- budgets ----
@@ -273,7 +279,7 @@ def test_checkpoints_and_pictures_come_at_their_marks(train, all_marks, monkeypa
 def test_run_folder_holds_what_the_design_names(train):
     assert train() == 0
     names = {"model.safetensors", "state.safetensors", "log.csv", "samples", "index.html", ".lock"}
-    assert {p.name for p in common.Path("run").iterdir()} == names
+    assert set(os.listdir("run")) == names
     assert Image.open("run/samples/step_000020.png").size == (16, 16)
     weights, header = common.load_tensors("run/model.safetensors")
     state = load_file("run/state.safetensors")
@@ -330,11 +336,18 @@ def test_page_needs_no_other_file_and_no_script(train, all_marks):
     assert "<td>grad_accum</td>" in page and "step 20, 160 pictures" in page
 
 
-def test_skipped_pictures_are_named_in_the_run_folder(train, folder, capsys):
-    (folder / "broken.png").touch()
-    train(data=(str(folder),), steps=2)
-    assert "broken.png" in common.Path("run/skipped.txt").read_text()
-    assert "skipped 1 pictures: broken.png" in capsys.readouterr().out
+def test_skipped_pictures_are_named_with_escapes_that_any_console_can_print(train, monkeypatch):
+    Image.new("RGB", (8, 8)).save("0.png")
+    told = {"a\n\x1b]0;title\x07\x1b[31m.png": "a\\n\\x1b]0;title\\x07\\x1b[31m.png", "\u732b.png": "\\u732b.png"}
+    told[os.fsdecode(b"\xff.png")] = "\\udcff.png"
+    for name in told:
+        common.Path(name).write_text("no picture")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "cp1252"))
+    assert toy.main("train --data . --steps 1 --out run --device cpu".split()) == 0
+    sys.stdout.flush()
+    out, listed = sys.stdout.buffer.getvalue().decode(), common.Path("run/skipped.txt").read_text()
+    assert "skipped 3 pictures: a" in out and "\x1b" not in out + listed
+    assert all(shown in out for shown in told.values())
 
 
 def test_export_halves_a_checkpoint(train, capsys):
@@ -344,3 +357,27 @@ def test_export_halves_a_checkpoint(train, capsys):
     assert half_header == header and whole.keys() == half.keys()
     assert all(torch.equal(half[key], whole[key].bfloat16()) for key in whole)
     assert toy.main(["export"]) == 2 and "no weights at runs/toy" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no signal for the death of a parent")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_processes_that_paint_end_with_the_run(tmp_path, number):
+    words = [sys.executable, str(ROOT / "jit_lab.py"), "train", "--image-size", "80", "--steps", "2", "--out", "run"]
+    run = subprocess.Popen(words, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def wait_until(condition, seconds):
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    def painters():
+        with contextlib.suppress(OSError):
+            return open(f"/proc/{run.pid}/task/{run.pid}/children").read().split()
+
+    wait_until(painters, 60)
+    time.sleep(0.5)
+    pids = painters()
+    run.send_signal(number)
+    run.wait()
+    wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids), 10)

@@ -17,7 +17,7 @@ import pytest
 import torch
 import webdataset
 from PIL import Image, ImageCms, ImageSequence
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import common
 import dit_t2i
@@ -103,6 +103,13 @@ def test_every_kind_of_data_gives_the_same_pictures_and_words(folder, records):
     assert both.names == 2 * first.names and both.checksum() != first.checksum()
     part = common.load_pictures(["jsonl"], 6, first=2)  # --num-samples 2
     assert part.names == first.names[:2] and torch.equal(part.pictures, first.pictures[:2])
+    # And so the same run, to the bit: words and pictures alike.
+    words = "train --steps 2 --batch-size 4 --image-size 16 --depth 1 --num-heads 1 --head-dim 8 --text-dim 8".split()
+    words += "--optimizer adamw --device cpu --no-compile".split()
+    for i, name in enumerate(("jsonl", "csv", "a.tar", "a.parquet")):
+        assert dit_t2i.main([*words, "--data", name, "--out", f"run{i}"]) == 0
+    weights = [load_file(f"run{i}/state.safetensors") for i in range(4)]
+    assert all(torch.equal(w[key], weights[0][key]) for w in weights for key in weights[0])
 
 
 def test_captions_reach_pictures_from_files_beside_them_and_by_names_that_are_spelled_otherwise(folder, capsys):

@@ -1642,14 +1642,18 @@ class Run:
         if has_state and self.config.resume is None and not restarted:
             raise UserError(f"{self.folder} holds a run; add --resume to go on with it, or name another --out")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.folder / ".lock", "w")  # noqa: SIM115
+        self.lock = open(self.folder / ".lock", "a+")  # noqa: SIM115
         with contextlib.suppress(ImportError):  # Windows has no such lock
             import fcntl
 
             try:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"another run is writing to {self.folder}; name another --out") from None
+                self.lock.seek(0)
+                what = f"another run is writing to {self.folder}; name another --out"
+                raise UserError(f"{what} (process {self.lock.read().strip()})") from None
+        self.lock.truncate(0)
+        print(os.getpid(), file=self.lock, flush=True)
         for path in [*self.folder.glob(".*.part"), *self.folder.glob(".tmp*")]:  # a run killed while it wrote
             path.unlink()
         return has_state

@@ -74,8 +74,9 @@ def picture_errors(folder, num=128):
     model, config = dit_t2i.load_model(Path(folder, "model.safetensors"), torch.device("cpu"))
     data = dit_t2i.TrainingData(config, torch.device("cpu"), "fp32", model.header)
     sums, index = dict.fromkeys(TIMES, 0.0), data.held_out[:num]
+    num = len(index)
     for first in range(0, num, 32):
-        rows = slice(first, first + 32)
+        rows = slice(first, min(first + 32, num))
         x, text = data.load(index[rows], common.BatchRng(num, 0, 0, 3, rows=rows))
         noise = common.BatchRng(num, 0, 0, 4, rows=rows).randn(*x.shape[1:])
         for t in TIMES:

@@ -43,14 +43,20 @@ def corruption(options):
     return common.make_grid(pairs.repeat_interleave(2, 2).repeat_interleave(2, 3), columns=4)
 
 
+def crop_config():
+    """The demo's settings, with crops of half the side alone."""
+    return common.make_config(jit_lab.Config, jit_lab.DEMO | dict(crop_sizes=(0.5,), full_image_prob=0.0))
+
+
 def crops(options):
     """A picture four times as large, in it the places of four crops of 40 x 40 pixels, and beside it the crops."""
-    config = common.make_config(jit_lab.Config, jit_lab.DEMO | dict(crop_sizes=(0.5,), full_image_prob=0.0))
     picture = common.make_grid(faces(options, 1)).resize((320, 320), Image.Resampling.NEAREST)
     sheet = Image.new("RGB", (320 + 10 + 330, 330), "white")
     marked = picture.copy()
     for i, colour in enumerate(("#d9541e", "#1f77b4", "#3a923a", "#8a5bd0")):
-        top, left, side = (4 * 8 * n for n in jit_lab.random_crop(config, common.generator(2, i)))  # patches of 8 x 8
+        top, left, side = (
+            4 * 8 * n for n in jit_lab.random_crop(crop_config(), common.generator(2, i))
+        )  # patches of 8 x 8
         box = left, top, left + side - 1, top + side - 1
         ImageDraw.Draw(marked).rectangle(box, outline=colour, width=3)
         part = picture.crop((left, top, left + side, top + side))

@@ -1,0 +1,68 @@
+"""experiments/claims.py and figures.py: what they measure and show, on a few painted pictures."""
+
+import csv
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import common
+
+sys.path.insert(0, str(ROOT / "experiments"))
+import claims
+import figures
+
+
+@pytest.fixture(autouse=True)
+def few_pictures(monkeypatch, tmp_path, honest=common.paint_set):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "paint_set", lambda paint, count, size: honest(paint, min(count, 100), size))
+    monkeypatch.setattr(claims, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(claims.dit_t2i, "preview", lambda *args: torch.zeros(1, 3, 8, 8))  # takes longer than training
+
+
+@pytest.mark.parametrize("name", claims.CLAIMS)
+def test_each_claim_runs_and_goes_on_after_what_is_there(name, tmp_path, monkeypatch):
+    entry, path = claims.CLAIMS[name], tmp_path / "results" / f"{name}.csv"
+    assert claims.main(["run", name, "--seeds", "1", "--steps", "2"]) == 0
+    text = path.read_text()
+    rows = list(csv.DictReader(text.splitlines()))
+    assert [row["variant"] for row in rows] == list(entry.variants)
+    measures = [np.float64(row[entry.expected[0]]) for row in rows]
+    assert np.isfinite(measures).all() and len(set(measures)) == len(rows)
+    path.write_text("\n".join(text.splitlines()[:-1]) + "\n")  # as if it had been killed before the last row
+    monkeypatch.setattr(claims, "train", lambda module, folder, *options: None)  # its training was over
+    claims.main(["run", name, "--seeds", "1", "--steps", "2"])
+    again = list(csv.DictReader(path.read_text().splitlines()))
+    assert again[:-1] == rows[:-1] and again[-1][entry.expected[0]] == rows[-1][entry.expected[0]]
+
+
+@pytest.mark.parametrize(
+    "low, high, says",
+    [
+        ((1, 2, 3), (4, 5, 6), "reproduced"),
+        ((4, 5, 6), (1, 2, 3), "not reproduced"),
+        ((1, 2, 4), (3, 5, 6), "open: the seeds overlap"),
+        ((1,), (2,), "open: too few seeds"),
+    ],
+)
+def test_the_verdict_is_that_of_all_seeds(low, high, says):
+    measure, *variants = claims.CLAIMS["joint_or_dual"].expected
+    rows = [{"variant": v, measure: str(x)} for v, part in zip(variants, (low, high)) for x in part]
+    assert claims.verdict("joint_or_dual", rows)[1] == says
+
+
+def test_figures_show_pictures_without_their_colours_and_the_places_of_crops(tmp_path):
+    for name in ("corruption", "crops"):
+        assert figures.main([name, "--out", f"{name}.png"]) == 0
+    pairs, sheet = (np.array(Image.open(f"{name}.png")).astype(int) for name in ("corruption", "crops"))
+    columns = np.ptp(pairs, axis=2).reshape(320, 4, 160).max(axis=(0, 2))  # largest minus smallest of R, G and B
+    assert (columns[[0, 2]] > 50).all() and (columns[[1, 3]] < 4).all()
+    assert sheet.shape == (330, 660, 3)
+    top, left, _ = (32 * n for n in figures.jit_lab.random_crop(figures.crop_config(), common.generator(2, 0)))
+    picture = np.array(Image.open("corruption.png"))[:160, :160].repeat(2, 0).repeat(2, 1)  # the same face
+    inside = slice(3, 157)
+    assert (sheet[:160, 330:490][inside, inside] == picture[top : top + 160, left : left + 160][inside, inside]).all()

@@ -33,6 +33,10 @@ import unicodedata
 import zlib
 from pathlib import Path
 
+# How long OpenMP's threads spin at a barrier before they sleep. Beside other work on the same cores, its default lets a
+# training step wait for a thread whose core is taken. torch reads this when it is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
 import numpy as np
 import torch
 import torch.distributed as dist

@@ -66,14 +66,14 @@ import urllib.parse
 import zlib
 from pathlib import Path
 
+import common
+from common import BatchRng, UserError, apply_rope, attention, autocast, flow_point, load_into, load_tensors, option
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.checkpoint import checkpoint
-
-import common
-from common import BatchRng, UserError, apply_rope, attention, autocast, flow_point, load_into, load_tensors, option
 
 # ----------------------------------------------------------------------------------------------------------------
 # Configuration

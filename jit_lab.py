@@ -43,15 +43,15 @@ import math
 import sys
 from pathlib import Path
 
+import common
+from common import BatchRng, UserError, autocast, flow_point, lr_factor, micro_batches, option, set_lr, update_ema
+
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import ImageDraw, ImageOps
 from tqdm import tqdm
-
-import common
-from common import BatchRng, UserError, autocast, flow_point, lr_factor, micro_batches, option, set_lr, update_ema
 
 # ----------------------------------------------------------------------------------------------------------------
 # Configuration

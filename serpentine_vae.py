@@ -42,14 +42,14 @@ import sys
 import time
 from pathlib import Path
 
+import common
+from common import BatchRng, Run, UserError, autocast, generator, make_grid, micro_batches, option, zero_init
+
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-
-import common
-from common import BatchRng, Run, UserError, autocast, generator, make_grid, micro_batches, option, zero_init
 
 STRIDE = 8  # pixels per side of the tile that a latent position stands for
 

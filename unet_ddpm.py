@@ -53,14 +53,14 @@ import itertools
 import sys
 from pathlib import Path
 
+import common
+from common import BatchRng, UserError, autocast, generator, load_into, load_tensors, option, zero_init
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.checkpoint import checkpoint
-
-import common
-from common import BatchRng, UserError, autocast, generator, load_into, load_tensors, option, zero_init
 
 # ----------------------------------------------------------------------------------------------------------------
 # Configuration

@@ -7,14 +7,14 @@ from pathlib import Path
 if "PYTEST_XDIST_WORKER" in os.environ:  # two processes with a core each; torch reads this when it is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import common
+import dit_t2i
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-
-import common
-import dit_t2i
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -5,15 +5,15 @@ import json
 import random
 import unicodedata
 
+from common import UserError
+from dit_t2i import CLIP_LENGTH, ClipTextEncoder, ClipTokenizer, byte_symbols
+
 import pytest
 import torch
 from conftest import FIXTURES, read_fixture, shapes
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from transformers import CLIPTokenizer as OracleTokenizer
-
-from common import UserError
-from dit_t2i import CLIP_LENGTH, ClipTextEncoder, ClipTokenizer, byte_symbols
 
 START, END = 49406, 49407
 # Only what this Python's Unicode tables know: later ones give more code points a class.

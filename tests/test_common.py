@@ -6,13 +6,13 @@ import math
 import pickle
 import types
 
+import common
+from common import AutoencoderKL, BatchRng, UserError
+
 import pytest
 import torch
 import toy
 from safetensors.torch import save_file
-
-import common
-from common import AutoencoderKL, BatchRng, UserError
 
 # ---- optimization ----
 

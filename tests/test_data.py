@@ -11,6 +11,11 @@ import os
 import tarfile
 import unicodedata
 
+import common
+import dit_t2i
+import jit_lab
+from common import UserError
+
 import numpy as np
 import pyarrow.parquet
 import pytest
@@ -18,11 +23,6 @@ import torch
 import webdataset
 from PIL import Image, ImageCms, ImageSequence
 from safetensors.torch import load_file, save_file
-
-import common
-import dit_t2i
-import jit_lab
-from common import UserError
 
 # ---- one reader ----
 

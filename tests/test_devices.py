@@ -5,12 +5,12 @@ import contextlib
 import importlib
 import json
 
+import common
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-import common
 
 GPU = torch.device("meta")
 

@@ -2,17 +2,17 @@
 
 import json
 
+import common
+import dit_t2i
+from common import BatchRng, UserError
+from dit_t2i import Config, DiT, TrainingData, Words
+
 import numpy as np
 import pytest
 import torch
 from conftest import FIXTURES
 from PIL import Image
 from safetensors.torch import load_file, save_file
-
-import common
-import dit_t2i
-from common import BatchRng, UserError
-from dit_t2i import Config, DiT, TrainingData, Words
 
 SIZES = dict(patch_size=2, in_channels=3, depth=2, num_heads=2, head_dim=8, text_dim=12, latent_size=8)
 CPU = torch.device("cpu")

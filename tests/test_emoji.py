@@ -2,15 +2,15 @@
 
 import random
 
+import dit_t2i
+from common import UserError
+from experiments import emoji
+
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from PIL import Image, ImageDraw
-
-import dit_t2i
-from common import UserError
-from experiments import emoji
 
 NAMES = ["car", "fish", "dog", "owl", "pear", "dog face"]
 WHITE = torch.ones(1, 3, 1, 1)

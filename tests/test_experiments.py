@@ -3,13 +3,13 @@
 import csv
 import sys
 
+import common
+
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-
-import common
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import claims

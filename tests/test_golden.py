@@ -2,15 +2,15 @@
 
 import json
 
+from dit_t2i import DiT
+from jit_lab import JiT
+from unet_ddpm import UNetModel
+
 import pytest
 import torch
 from conftest import FIXTURES
 from safetensors import safe_open
 from safetensors.torch import load_file
-
-from dit_t2i import DiT
-from jit_lab import JiT
-from unet_ddpm import UNetModel
 
 
 @pytest.mark.parametrize("name", ["jit_dev_0", "jit_dev_1"])

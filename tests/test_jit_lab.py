@@ -4,6 +4,11 @@ import argparse
 import csv
 import math
 
+import common
+import jit_lab
+from common import UserError
+from jit_lab import Config, Dataset, JiT
+
 import numpy as np
 import pytest
 import torch
@@ -11,11 +16,6 @@ from conftest import TINY, random_weights, read_fixture, shapes
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from skimage import color
-
-import common
-import jit_lab
-from common import UserError
-from jit_lab import Config, Dataset, JiT
 
 
 def tiny_config(**changes):

@@ -2,11 +2,11 @@
 
 import math
 
+import common
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
-
-import common
 
 # ---- positions ----
 

@@ -8,12 +8,12 @@ import subprocess
 import sys
 import time
 
+import common
+
 import pytest
 import toy
 from conftest import ENVIRONMENT, ROOT, TINY_FLAGS
 from safetensors.torch import load_file
-
-import common
 
 # name -> (file, the words that train a tiny network)
 SMALL = {

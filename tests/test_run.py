@@ -13,15 +13,15 @@ import sys
 import time
 from html.parser import HTMLParser
 
+import common
+from common import UserError
+
 import pytest
 import torch
 import toy
 from conftest import ENVIRONMENT, ROOT
 from PIL import Image
 from safetensors.torch import load_file
-
-import common
-from common import UserError
 
 
 @pytest.fixture

@@ -3,12 +3,12 @@
 import re
 from collections import Counter, namedtuple
 
+import common
+from common import paint_scene
+
 import numpy as np
 import pytest
 from PIL import Image, ImageColor
-
-import common
-from common import paint_scene
 
 TABLES = common.picture_tables("scenes")
 COLOURS, THINGS, BACKGROUNDS = TABLES["colours"], TABLES["things"], TABLES["backgrounds"]

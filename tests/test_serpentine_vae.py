@@ -6,6 +6,11 @@ import math
 import subprocess
 import sys
 
+import common
+import serpentine_vae as serpentine
+from common import UserError
+from serpentine_vae import DIRECTIONS, VAE, Config, Denoiser, LatentDiffusion, VAEConfig
+
 import numpy as np
 import pytest
 import torch
@@ -13,11 +18,6 @@ import torch.nn.functional as F
 from conftest import ENVIRONMENT, ROOT, random_weights
 from PIL import Image
 from safetensors.torch import load_file, save_file
-
-import common
-import serpentine_vae as serpentine
-from common import UserError
-from serpentine_vae import DIRECTIONS, VAE, Config, Denoiser, LatentDiffusion, VAEConfig
 
 # A run so small that it takes a second.
 SMALL = dict(image_size=32, channels=4, vae_width=8, vae_steps=6, width=16, depth=1, num_timesteps=20, vae_batch_size=4)

@@ -15,16 +15,16 @@ import threading
 import time
 from pathlib import Path
 
+import common
+import dit_t2i
+from common import UserError
+from dit_t2i import Config, Refused, Stream, fetch
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from webserver import BOMB, Server, number_of, picture
-
-import common
-import dit_t2i
-from common import UserError
-from dit_t2i import Config, Refused, Stream, fetch
 
 SMALL = dict(image_size=16, private_hosts=True, threads=8, batch_size=8)
 WINDOW = 4 * 8 + 2 * 8

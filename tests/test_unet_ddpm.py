@@ -6,6 +6,11 @@ import re
 import shutil
 from pathlib import Path
 
+import common
+import unet_ddpm
+from common import UserError
+from unet_ddpm import Config, UNetModel
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -14,11 +19,6 @@ import torch
 from conftest import ROOT, random_weights, read_fixture, shapes
 from PIL import Image
 from safetensors.torch import load_file, save_file
-
-import common
-import unet_ddpm
-from common import UserError
-from unet_ddpm import Config, UNetModel
 
 SMALL = dict(image_size=8, in_channels=3, out_channels=3, model_channels=32, num_res_blocks=1, channel_mult=(1, 2))
 SMALL |= dict(attention_resolutions=(4,), num_head_channels=16)

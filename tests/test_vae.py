@@ -3,15 +3,15 @@
 import sys
 import types
 
+import common
+from common import TAEF2, AutoencoderKL, UserError, load_vae
+
 import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import read_fixture, shapes
 from safetensors.torch import save_file
-
-import common
-from common import TAEF2, AutoencoderKL, UserError, load_vae
 
 SMALL = (32, 32, 64, 64)
 

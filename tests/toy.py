@@ -10,12 +10,12 @@ import copy
 import dataclasses
 import sys
 
+import common
+from common import BatchRng, autocast, flow_point, lr_factor, micro_batches, option, set_lr, update_ema
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-import common
-from common import BatchRng, autocast, flow_point, lr_factor, micro_batches, option, set_lr, update_ema
 
 
 @dataclasses.dataclass

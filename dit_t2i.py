@@ -12,9 +12,9 @@ of "re-diffusion". t = 0 is DATA and t = 1 is NOISE, as in both posts.
         --clip CLIP --vae VAE                                  "re-diffusion": pictures fetched during training
 
 Without --clip a table of word vectors is trained with the model, and without --vae the model works on pixels: so the
-default run needs no download. In its ten minutes on two cores with AVX512-BF16 it sees 66,000 pictures. At step 0 the
-model predicts data of zero and the loss is the mean of (x / t)^2, about 0.9; on held-out scenes it ends near 0.063.
-`sample "a red car" --num 4` takes 4 seconds, start included.
+default run needs no download. At step 0 the model predicts data of zero and the loss is the mean of (x / t)^2, about
+0.9. After 41,000 pictures, ten minutes on two cores, it is near 0.07 on held-out scenes, and in training, in eight bins
+of t from data to noise, 1.5, 0.28, 0.12, 0.09, 0.07, 0.06, 0.06 and 0.07: an error of the data is divided by t.
 
 | in the posts                 | here             | shape            | equation                                        |
 |------------------------------|------------------|------------------|-------------------------------------------------|
@@ -720,7 +720,6 @@ MAX_BYTES = 20_000_000  # of a picture's file
 PER_HOST = 8  # pictures that a process fetches from one host at a time
 CACHE_BYTES = 1_000_000_000  # of decoded pictures in the memory of each machine
 STREAM_PIXELS = 32_000_000  # a larger picture is not decoded: many threads decode at the same time
-VOCABULARY_CAPTIONS = 20_000  # from which a table of words is learned
 trusted = functools.cache(ssl.create_default_context)  # loading the certificates takes a while
 
 
@@ -933,7 +932,7 @@ class Stream:
         self.cache, self.cache_size = {}, budget // (3 * config.image_size**2)  # URL -> decoded picture, oldest first
         # Rows under way: enough that the threads have work during a step, few enough to fit into memory.
         self.window = 4 * config.threads + 2 * config.batch_size // (config.grad_accum * self.world)
-        count = SHOWN if config.clip else VOCABULARY_CAPTIONS
+        count = SHOWN if config.clip else 20_000  # from which a table of words is learned
         self.captions, self.skipped = first_captions(self.names, count), []
         self.resume([{"place": (0, 0, 0), "counts": {}}])
 

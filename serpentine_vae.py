@@ -10,8 +10,10 @@ and step N - 1 is NOISE. One position of a latent map stands for a tile of 8 x 8
 
 What to expect of the demo preset (two cores of an AMD EPYC with AVX512-BF16, 10,000 pictures of faces): a VAE of 34 dB
 after six minutes. Then the denoiser's loss starts at 1.0, because its last layer starts at zero and the noise that it
-should predict has a mean square of 1. Samples show heads in clouds of colour at minute 1, faces at minute 3, and at
-minute 9 faces with clean lines, some with a smudge. The shipped weights are of 12 and 38 minutes; their VAE has 37 dB.
+should predict has a mean square of 1. After 80,000 latents it is near 0.09 and, in eight bins of t from clean to noise,
+0.40, 0.14, 0.08, 0.04, 0.02, 0.008, 0.004, 0.003: the less noise there is, the harder it is to tell from the picture.
+Samples show heads in clouds of colour at minute 1, faces at minute 3, and at minute 9 faces with clean lines, some with
+a smudge. The VAE of the shipped weights has seen photographs, too (36 dB for new faces, 26 dB for a new photograph).
 
     symbol      here                shape                   meaning
     x           x, pictures         (B, 3, H, W)            pictures; in [-1, 1] inside the VAE

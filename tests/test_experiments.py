@@ -84,7 +84,7 @@ def test_each_claim_runs_and_goes_on_after_what_is_there(name, shared, monkeypat
     [
         ((1, 2, 3), (4, 5, 6), "reproduced"),
         ((4, 5, 6), (1, 2, 3), "not reproduced"),
-        ((1, 2, 4), (3, 5, 6), "open: the seeds overlap"),
+        ((1, 2, 4), (3, 5, 6), "cannot be told at this size: the seeds overlap"),
         ((1,), (2,), "open: too few seeds"),
     ],
 )
@@ -92,6 +92,34 @@ def test_the_verdict_is_that_of_all_seeds(low, high, says):
     measure, *variants = claims.CLAIMS["joint_or_dual"].expected
     rows = [{"variant": v, measure: str(x)} for v, part in zip(variants, (low, high)) for x in part]
     assert claims.verdict("joint_or_dual", rows)[1] == says
+
+
+@pytest.mark.parametrize(
+    "low, high, says", [((1.0, 1.1), (1.1, 1.0), "reproduced"), ((1.2, 1.2), (1.1, 1.0), "not reproduced")]
+)
+def test_a_claim_of_enough_is_judged_by_its_margin(low, high, says):
+    measure, one, other, margin = claims.CLAIMS["sampling_steps"].expected
+    rows = [{"variant": v, measure: str(x)} for v, part in ((one, low), (other, high)) for x in part]
+    assert margin == 0.05 and claims.verdict("sampling_steps", rows)[1] == says
+
+
+def test_the_feature_network_knows_new_faces_and_its_distance_rises_with_damage():
+    faces = [common.paint_face(1_000_000 + i, 40) for i in range(240)]
+    rgb = common.picture_tensor([np.asarray(picture) for picture, *_ in faces]) / 255
+    net, (real, made) = features.load(), rgb.chunk(2)
+    wanted = torch.tensor([[float(tag in tags) for tag in net.tags] for *_, tags in faces])
+    recall, precision = features.tags_found(net, rgb, wanted)
+    assert recall > RECALL and precision > PRECISION
+    rng = torch.Generator().manual_seed(0)
+    noise = torch.randn(made.shape, generator=rng)
+    damaged = {
+        "blur": [F.avg_pool2d(made, k, 1, k // 2, count_include_pad=False) for k in (1, 3, 5, 7)],
+        "noise": [(made + std * noise).clamp(0, 1) for std in (0, 0.05, 0.1, 0.2)],
+        "modes": [made[:count].repeat(120 // count, 1, 1, 1) for count in (120, 40, 12, 4)],
+    }
+    for kind, sets in damaged.items():
+        found = [features.frechet(net, real, pictures) for pictures in sets]
+        assert found == sorted(found) and found[1] > 1.1 * found[0], (kind, found)
 
 
 def test_figures_show_pictures_without_their_colours_and_the_places_of_crops(tmp_path):

@@ -95,7 +95,7 @@ BASE = {
     "unet_ddpm": dict(objective="flow", predict="eps", lr=2e-3),
     "train-vae": dict(image_size=40, decoder="local"),
     "serpentine_vae": dict(
-        image_size=80, num_samples=2000, vae=ROOT / "weights/serpentine_vae.safetensors", width=64, multipliers=(1, 2),
+        image_size=80, num_samples=2000, vae=RUNS / "vae.safetensors", width=64, multipliers=(1, 2),
         depth=1, known_prob=0, num_timesteps=1000,
     ),
     "dit_t2i": dict(
@@ -125,6 +125,14 @@ def trained(system, seed, steps, part="", **changes):
     module = MODULES.get(system, serpentine_vae)
     train(module, folder, *words, subcommand="train-vae" if system == "train-vae" else "train")
     return folder
+
+
+def shipped_vae():
+    """Write the shipped VAE without its denoiser, which a replaced part would not fit, for BASE["serpentine_vae"]."""
+    if not (RUNS / "vae.safetensors").exists():
+        tensors, header = common.load_tensors(ROOT / "weights/serpentine_vae.safetensors")
+        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("vae.")}
+        common.save_tensors(RUNS / "vae.safetensors", tensors, header)
 
 
 def replaced(wanted, module, name, part):
@@ -459,6 +467,7 @@ def scan_sees_further(variant, seed, steps):
     """A denoiser at one resolution, whose convolutions reach 6 positions, on maps of 10 x 10: with its serpentines,
     with attention in their place, with nothing. Mean square error of the predicted noise in latents of new faces at
     eight steps; reach: the part of a 32 x 32 map that the middle of the output depends on."""
+    shipped_vae()
     with replaced(True, serpentine_vae, "Serpentine", SERPENTINES[variant]):
         folder = trained("serpentine_vae", seed, steps, variant, multipliers=(1,))
         model, config = serpentine_vae.load_model(folder)
@@ -526,6 +535,7 @@ def cosine_schedule(num_timesteps):
 def gentle_schedule(variant, seed, steps):
     """Enough: at most 10 % farther from real faces than with the cosine schedule. With 200 or 100 steps of the same
     betas the last one is not yet noise, from which sampling starts. Samples in 50 DDIM steps."""
+    shipped_vae()
     count = 1000 if variant in ("linear", "cosine") else int(variant.split()[1])
     with replaced(variant == "cosine", serpentine_vae, "noise_schedule", cosine_schedule):
         part = "cosine" if variant == "cosine" else ""

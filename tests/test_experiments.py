@@ -73,10 +73,11 @@ def test_each_claim_runs_and_goes_on_after_what_is_there(name, shared, monkeypat
     claims.main(["run", name, "--seeds", "1", "--steps", "2"])
     again = list(csv.DictReader(path.read_text().splitlines()))
     assert again[:-1] == rows[:-1]
+    same = "failed_fetches", "novelty", "chroma_mask"  # there are but 100 pictures; two steps of Adam are mostly signs
     if entry.expected[0] != "time":  # what is measured can be measured again, and differs from variant to variant
-        assert again[-1][entry.expected[0]] == rows[-1][entry.expected[0]]
+        assert float(again[-1][entry.expected[0]]) == pytest.approx(measures[-1], rel=0.05 if name == "memory" else 0)
         told = [[v for k, v in row.items() if k not in ("variant", "seconds")] for row in rows]
-        assert len(rows) == 1 or any(row != told[0] for row in told) or name in ("failed_fetches", "novelty")
+        assert len(rows) == 1 or any(row != told[0] for row in told) or name in same
 
 
 @pytest.mark.parametrize(
@@ -109,7 +110,7 @@ def test_the_feature_network_knows_new_faces_and_its_distance_rises_with_damage(
     net, (real, made) = features.load(), rgb.chunk(2)
     wanted = torch.tensor([[float(tag in tags) for tag in net.tags] for *_, tags in faces])
     recall, precision = features.tags_found(net, rgb, wanted)
-    assert recall > RECALL and precision > PRECISION
+    assert recall > 0.6 and precision > 0.9
     rng = torch.Generator().manual_seed(0)
     noise = torch.randn(made.shape, generator=rng)
     damaged = {

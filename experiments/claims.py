@@ -195,11 +195,11 @@ def shifted_rope(variant, seed, steps):
     RoPE, or from the absolute embedding. The first is exact: scores of RoPE depend on differences of places only."""
     model, config = jit(seed, steps)
     x, place = jit_lab.rgb_to_lab(new_faces("a", 64)[:, :, 16:, 16:]), 16 // config.patch_size
-    x_t = common.flow_point(common.noise_for(range(64), x.shape[1:], CPU), x, torch.full((64,), 0.5))
+    x_t = common.flow_point(common.noise_for(range(len(x)), x.shape[1:], CPU), x, torch.full((len(x),), 0.5))
     shift, top = {"shifted": (0, place), "RoPE not shifted": (-place, place)}.get(variant, (place, 0))
     rope = common.rope_2d
     with mock.patch.object(common, "rope_2d", lambda positions, dim: rope(positions + shift, dim)):
-        x_hat = model(x_t, 0.5, torch.zeros(64, dtype=torch.long), top, top)
+        x_hat = model(x_t, 0.5, torch.zeros(len(x), dtype=torch.long), top, top)
     return {"error": (x_hat - x).square().mean().sqrt().item()}
 
 
@@ -473,12 +473,12 @@ def scan_sees_further(variant, seed, steps):
         model, config = serpentine_vae.load_model(folder)
     with torch.no_grad():
         latent = model.vae.normalise(serpentine_vae.encode(model.vae, 2 * new_faces("a", 64, 80) - 1))
-    noise, errors = common.noise_for(range(64), latent.shape[1:], CPU), []
+    noise, errors = common.noise_for(range(len(latent)), latent.shape[1:], CPU), []
     for i in range(8):
         t = round((i + 0.5) / 8 * config.num_timesteps)
         x_t = serpentine_vae.add_noise(latent, noise, serpentine_vae.noise_schedule(config.num_timesteps)[t])
         with torch.no_grad():
-            errors.append((model.denoiser(x_t, torch.full((64,), float(t))) - noise).square().mean().item())
+            errors.append((model.denoiser(x_t, torch.full((len(x_t),), float(t))) - noise).square().mean().item())
     wide = torch.randn(1, latent.shape[1], 32, 32, generator=common.generator(seed)).requires_grad_()
     model.denoiser(wide, torch.full((1,), 500.0))[:, :, 16, 16].sum().backward()
     reach = (wide.grad.abs().sum(dim=1) > 0).float().mean().item()

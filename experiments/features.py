@@ -54,9 +54,9 @@ def load(path=WEIGHTS):
 
 
 def frechet(net, a, b):
-    """Fréchet distance x 1000 of two sets of pictures (n, 3, S, S) in [0, 1] in the features of `net`."""
+    """Fréchet distance of two sets of pictures (n, 3, S, S) in [0, 1] in the features of `net`."""
     parts = (torch.cat([net.features(part) for part in rgb.split(100)]) for rgb in (a, b))
-    return 1000 * unet_ddpm.frechet(*parts)
+    return unet_ddpm.frechet(*parts)
 
 
 def tags_found(net, rgb, wanted):

@@ -459,16 +459,15 @@ def load_vae(path):
 
     down, up, batch_norm = widths("encoder.down_blocks"), widths("decoder.up_blocks"), "bn.running_mean" in weights
     channels = len(weights.get("post_quant_conv.bias", ()))
-    with torch.device("meta"):
-        if "encoder.11.pool.0.weight" in weights:
-            vae = TAEF2()
-        elif len(down) == len(up) == 4 and not any(w % 32 for w in down + up) and (channels == 4 or batch_norm):
-            vae = AutoencoderKL(channels, down, up[::-1], batch_norm)
-            # SD's own files also hold the networks of its training losses.
-            weights = {k: v for k, v in weights.items() if hasattr(vae, k.split(".")[0])}
-        else:
-            found = f"{len(weights)} tensors: {', '.join(list(weights)[:3])}"
-            raise UserError(f"{path} is no autoencoder of SD, FLUX.2 or TAEF2; it holds {found}")
+    if "encoder.11.pool.0.weight" in weights:
+        vae = TAEF2()
+    elif len(down) == len(up) == 4 and not any(w % 32 for w in down + up) and (channels == 4 or batch_norm):
+        vae = AutoencoderKL(channels, down, up[::-1], batch_norm)
+        # SD's own files also hold the networks of its training losses.
+        weights = {k: v for k, v in weights.items() if hasattr(vae, k.split(".")[0])}
+    else:
+        found = f"{len(weights)} tensors: {', '.join(list(weights)[:3])}"
+        raise UserError(f"{path} is no autoencoder of SD, FLUX.2 or TAEF2; it holds {found}")
     load_into(vae, weights, path)
     vae.hash = "-".join(file_hash(path / name) for name in files.values())
     settings = (path / name).parent / "config.json"
@@ -1072,8 +1071,8 @@ def find_weights(given, system):
 
 
 def load_into(model, weights, path):
-    """model.load_state_dict with a message that names the first tensors that do not fit. A model built on
-    torch.device("meta") is moved to the CPU; a sharded one takes its shards. Raises UserError."""
+    """model.load_state_dict with a message that names the first tensors that do not fit. A sharded model takes its
+    shards. Raises UserError."""
     own = model.state_dict()
     shapes, given = ({k: tuple(getattr(v, "shape", "?")) for k, v in part.items()} for part in (own, weights))
     problems = [f"{k} is missing" for k in own if k not in given] + [f"{k} is unknown" for k in given if k not in own]
@@ -1081,8 +1080,6 @@ def load_into(model, weights, path):
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"{path} does not fit this model: {'; '.join(problems[:3])}{more}")
-    if any(tensor.is_meta for tensor in own.values()):
-        own = model.to_empty(device="cpu").state_dict()
     with reading(path, "weight file"):  # sparse and quantized tensors fail here
         model.load_state_dict({name: shard_like(tensor, own[name]) for name, tensor in weights.items()})
 
@@ -1624,14 +1621,16 @@ def read_log(folder):
 class Run:
     """A run folder and its clock. A training loop calls start(), for each of steps() add() in each pass, log(), save()
     if checkpoint_due and save_pictures() if pictures_due; and finish(). header: what the checkpoints' headers hold
-    beside system, step and config. endless: a run without a budget may go on until Ctrl-C. Raises UserError."""
+    beside system, step and config. endless: a run without a budget may go on until Ctrl-C. enough: about as many
+    pictures as painted data need; a run by the clock that sees fewer says so. Raises UserError."""
 
-    def __init__(self, config, system, may_change=(), endless=False):
+    def __init__(self, config, system, may_change=(), endless=False, enough=0):
         self.config, self.system, self.folder = config, system, Path(config.out)
         self.state_path, self.may_change = self.folder / "state.safetensors", MAY_CHANGE | set(may_change)
         self.step, self.images, self.best = 0, 0, math.inf
         self.now = self.first_seconds = 0.0
         self.header, self.passes, self.window = {}, [], []
+        self.enough, self.warned = enough if config.minutes else 0, False
         self.done = self.interrupted = self.pictures_due = self.checkpoint_due = False
         self.endless = not (config.minutes or config.steps or config.epochs)
         if self.endless and not endless:
@@ -1761,7 +1760,17 @@ class Run:
                 file.write(",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in row) + "\n")
             about = f"{self.progress:4.0%}, step {self.step}, loss {loss:.4f}, {speed:.0f} images/s"
             print(f"\r{about}, {self.now / 60:.1f} minutes ", end="", file=sys.stderr, flush=True)
+            if self.now > 60 and not self.warned:
+                self.warned = True
+                self.warn_if_few(self.images / self.progress)
         self.window, self.window_started = [], self.now
+
+    def warn_if_few(self, images):
+        """Say so if the run ends after `images` pictures and these are too few."""
+        if images < self.enough:
+            minutes, more = self.config.minutes, math.ceil(self.config.minutes * self.enough / images)
+            what = f"{minutes:g} minutes of this machine are {images:,.0f} pictures; clear ones need {self.enough:,}"
+            print(f"\n{what}: go on afterwards by the same command with --resume --minutes {more}", file=sys.stderr)
 
     def settings(self):
         """The header of every checkpoint."""
@@ -1839,6 +1848,8 @@ class Run:
         if not self.interrupted:
             minutes = self.now / 60
             told = f"{self.step} steps, {self.images:,} pictures, {minutes:.1f} minutes; open {self.folder}/index.html"
+        if rank() == 0 and not self.interrupted:
+            self.warn_if_few(self.images)
         print(told, flush=True)  # now, because a process that ends first can break the barrier of the others
         if world() > 1:
             dist.barrier()  # all files are written before any process ends

@@ -655,8 +655,7 @@ class ClipTextEncoder(nn.Module):
             (vocab, dim), length = weights[first].shape, len(weights["embeddings.position_embedding.weight"])
             hidden = len(weights["encoder.layers.0.mlp.fc1.weight"])
             depth = sum(name.endswith("layer_norm1.weight") for name in weights)
-        with torch.device("meta"):
-            model = cls(vocab, length, dim, hidden, depth)
+        model = cls(vocab, length, dim, hidden, depth)
         load_into(model, weights, file)
         model.hash = common.file_hash(file)
         return model.eval().requires_grad_(False)
@@ -1178,7 +1177,7 @@ def train(config):
     device, precision = common.init_training(config)
     config, start = resolve(config, precision)
     may_change = "vae", "clip", "stream", "threads", "private_hosts", "start"
-    run = common.Run(config, "dit_t2i", may_change, endless=bool(config.stream))
+    run = common.Run(config, "dit_t2i", may_change, endless=bool(config.stream), enough=30_000)
     known = load_tensors(run.state_path, header_only=True)[1] if run.resuming else start.header if start else None
     data = TrainingData(config, device, precision, known)
     torch.manual_seed(config.seed)
@@ -1254,8 +1253,7 @@ def load_model(path, device):
             sizes["depth"] = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("layers."))
             header = {"config": PRESETS["paper"] | sizes, "latent": [channels, 32], "text": {"clip": None}, "vae": None}
         config = common.config_from_header(Config, header, path)
-        with torch.device("meta"):  # without the time to initialise it
-            model = build_model(config, header["latent"], len(header["text"].get("words", ())))
+        model = build_model(config, header["latent"], len(header["text"].get("words", ())))
     load_into(model, weights, path)
     model.header = header
     return model.to(device).eval().requires_grad_(False), config

@@ -193,9 +193,12 @@ class JiT(nn.Module):
     model(x_t, t, y, top_idx=0, left_idx=0) -> x_hat (B, C, H, W). x_t (B, C, H, W): H and W are multiples of patch_size
     and fit in the grid of input_size / patch_size patches from the place (top_idx, left_idx), in patches. t: a float, a
     0-d or a (B,) tensor in [0, 1], 1 = data. y: (B,) class labels from 0 to num_classes - 1; the label num_classes
-    means "no class". in_context_len: number of class tokens put before the picture's tokens at block in_context_start;
-    official JiT checkpoints have 32, the post's has none. Raises ValueError if a picture does not fit.
+    means "no class"; of a distilled model y is the place of its number of steps in FEW_STEPS. in_context_len: number of
+    class tokens put before the picture's tokens at block in_context_start; official JiT checkpoints have 32, the post's
+    has none. Raises ValueError if a picture does not fit.
     """
+
+    distilled = False
 
     def __init__(
         self,
@@ -360,11 +363,18 @@ def sample(model, config, num=16, steps=50, seed=0, *, callback=None, **options)
         # ends at x_hat, which the post returns.
         return (x_hat - x_t) / (1 - t)
 
-    pictures, times = [], [i / steps for i in range(steps + 1)]
+    pictures, times, solver = [], [i / steps for i in range(steps + 1)], common.SOLVERS[options.solver]
+    if model.distilled:
+        if steps not in FEW_STEPS:
+            raise UserError(
+                f"--steps {steps}: a distilled model takes {', '.join(map(str, FEW_STEPS))}; name one of them"
+            )
+        times, solver = few_times(steps), common.flow_euler
+        options.label = FEW_STEPS.index(steps)
     for first in range(0, num, options.batch_size):
         seeds = range(seed + first, seed + min(first + options.batch_size, num))
         noise = noise_scale(config, device) * common.noise_for(seeds, (3, config.image_size, config.image_size), device)
-        x = common.SOLVERS[options.solver](velocity, noise, times, callback if first == 0 else None)
+        x = solver(velocity, noise, times, callback if first == 0 else None)
         pictures.append(to_rgb(config, x))
     return torch.cat(pictures)
 
@@ -500,7 +510,7 @@ def train(config):
     if config.optimizer == "auto":  # Muon computes in bfloat16, which is a hundred times as slow where it is emulated
         fast = common.pick_precision("auto", device) == "bf16"
         config = dataclasses.replace(config, optimizer="muon" if fast else "adamw")
-    run = common.Run(config, "jit_lab")
+    run = common.Run(config, "jit_lab", enough=25_000)
     data, checksum = load_data(config, device)
     torch.manual_seed(config.seed)
     model = build_model(config)
@@ -543,6 +553,85 @@ def train(config):
 
 
 # ----------------------------------------------------------------------------------------------------------------
+# Few steps. A copy of a trained model learns to take a quarter, a half or all of the way from noise to picture at once.
+# It is shown ways that the trained model takes in many steps, and needs no pictures (progressive distillation, Salimans
+# & Ho 2022; for a single step Luhman & Luhman 2021). The number of steps reaches it as its class label.
+
+FEW_STEPS = 4, 2, 1
+
+
+def few_times(steps):
+    """Times of few steps: shorter ones near noise, where the ways bend most."""
+    return [(i / steps) ** 1.5 for i in range(steps + 1)]
+
+
+def jumps(states):
+    """All steps that a distilled model takes, of the `states` (B, C, H, W) at a way's few_times(len(states) - 1):
+    x_t, x_next (7 B, C, H, W), t, t_next and the label (7 B,)."""
+    times, last = few_times(len(states) - 1), len(states) - 1
+    spans = [(i * last // n, (i + 1) * last // n, k) for k, n in enumerate(FEW_STEPS) for i in range(n)]
+    x_t, x_next = (torch.cat([states[span[end]] for span in spans]) for end in (0, 1))
+    numbers = torch.tensor([(times[a], times[b], k) for a, b, k in spans]).to(x_t).repeat_interleave(len(states[0]), 0)
+    t, t_next, label = numbers.unbind(1)
+    return x_t, x_next, t, t_next, label.long()
+
+
+@dataclasses.dataclass
+class DistillConfig(common.LoadConfig):
+    """The options of `distill`."""
+
+    steps: int = option(200, "optimizer steps", low=1)
+    batch_size: int = option(8, "ways from noise to picture per optimizer step", low=1)
+    lr: float = option(1e-3, "peak learning rate", low=0.0)
+    seed: int = option(0, "seed of the noise", low=0, high=2**62)
+    out: str = option("runs/jit_lab-distilled.safetensors", "the new weights")
+
+
+def distill(options):
+    """Write weights that sample in one, two or four steps. Raises UserError."""
+    device, path = common.pick_device(options.device), common.find_weights(options.weights, "jit_lab")
+    teacher, config = load_model(path, device)
+    if teacher.num_classes > 1:
+        raise UserError(f"{path} has several classes, or is distilled already; name a model of one class")
+    config = dataclasses.replace(config, lr=options.lr, precision="auto")
+    precision, weights = common.pick_precision("auto", device), teacher.state_dict()
+    table = "y_embedder.embedding_table.weight"
+    weights[table] = weights[table][:1].repeat(1 + len(FEW_STEPS), 1)
+    student = JiT(**sizes_of_weights(weights)).to(device)
+    student.load_state_dict(weights)
+    ema, muon_modules = copy.deepcopy(student), [part for block in student.blocks for part in (block.attn, block.mlp)]
+    optimizer, _ = common.make_optimizer(config, student, device, muon_modules)
+    scale, zero = noise_scale(config, device), torch.zeros(options.batch_size, dtype=torch.long, device=device)
+
+    def velocity(x_t, t):
+        return (predicted_data(config, teacher(x_t, t, zero), x_t, t) - x_t) / (1 - t)
+
+    for step in (bar := tqdm(range(options.steps), "distilling")):
+        set_lr(optimizer, options.lr * lr_factor(step / options.steps, step, 0.05, "linear"))
+        rng, states = BatchRng(options.batch_size, options.seed, step, 1, device=device), {}
+        noise = scale * rng.randn(3, config.image_size, config.image_size)
+        with torch.no_grad(), autocast(device, precision):  # the way of the trained model, in twice four steps
+            common.flow_dpm(velocity, noise, few_times(2 * max(FEW_STEPS)), lambda x, t, way=states: way.update({t: x}))
+        x_t, x_next, t, t_next, label = jumps(list(states.values())[::2])
+        with autocast(device, precision):
+            output = student(x_t, t, label)
+        t, t_next = t.view(-1, 1, 1, 1), t_next.view(-1, 1, 1, 1)
+        # The velocity of a step, (x_hat - x_t) / (1 - t), should lead from x_t to x_next.
+        x_hat = predicted_data(config, output, x_t, t)
+        error = ((x_hat - x_t) / (1 - t) - (x_next - x_t) / (t_next - t)) * (scale[0] / scale)
+        loss = error.square().mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        update_ema(ema, student, step, 0.98)
+        bar.set_postfix(loss=f"{loss.item():.4f}")
+    header = {"system": "jit_lab", "distilled": True, "config": dataclasses.asdict(config)}
+    common.save_tensors(options.out, ema.state_dict(), header)
+    print(f"{options.out}; next: python jit_lab.py sample --steps 4 --weights {options.out}")
+
+
+# ----------------------------------------------------------------------------------------------------------------
 # Weights (Part 8)
 
 
@@ -581,9 +670,9 @@ def load_model(path, device):
         size, named = sizes["input_size"], {name: sizes[name] for name in sizes if hasattr(Config, name)}
         space = "lab" if sizes["num_classes"] == 1 else "rgb"
         config = Config(data=(), image_size=size, space=space, noise_scale=2.0 if size == 512 else 1.0, **named)
-    with torch.device("meta"):  # without the time to initialise it
-        model = JiT(**sizes)
+    model = JiT(**sizes)
     common.load_into(model, weights, path)
+    model.distilled = "distilled" in (header or {})
     return model.to(device).eval(), config
 
 
@@ -692,6 +781,7 @@ SUBCOMMANDS = {
     "train": (train, Config, PRESETS, "train, e.g. python jit_lab.py train --minutes 3"),
     "sample": (sample_command, SampleConfig, None, "sample pictures, e.g. python jit_lab.py sample --num 16"),
     "novelty": (novelty, NoveltyConfig, None, "pair samples with training pictures, e.g. novelty --num 8"),
+    "distill": (distill, DistillConfig, None, "weights that need 1, 2 or 4 steps, e.g. distill, then sample --steps 4"),
     "export": common.export("jit_lab"),
 }
 

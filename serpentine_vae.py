@@ -94,6 +94,7 @@ class Config(VAEConfig):
     multipliers: tuple[int, ...] = option((1, 2), "width at each resolution, in multiples of --width", low=1)
     depth: int = option(2, "blocks of the denoiser at each resolution, down and up", low=1, high=1000)
     num_timesteps: int = option(1000, "noisy steps, N - 1; with far fewer the last one is not yet noise", low=2)
+    predict: str = option("eps", "what the denoiser predicts: the noise or the velocity v", choices=("eps", "v"))
     known_prob: float = option(0.0, "how often a part of a latent is clean, to learn inpainting", low=0.0, high=1.0)
 
 
@@ -104,7 +105,7 @@ VAE_PRESETS = {
     "paper": PAPER | dict(steps=50_000, batch_size=16, lr=5e-4),
 }
 PRESETS = {
-    "demo": dict(minutes=9.0, lr=1e-3, vae_minutes=6.0, known_prob=0.5),
+    "demo": dict(minutes=9.0, lr=1e-3, vae_minutes=6.0, predict="v", known_prob=0.5),
     "paper": PAPER
     | dict(steps=100_000, lr=2e-4, vae_steps=50_000, vae_batch_size=16, vae_lr=5e-4, width=192, multipliers=(1, 2, 3)),
 }
@@ -490,6 +491,20 @@ def add_noise(latent, noise, alpha_bar):
     return alpha_bar.sqrt() * latent + (1 - alpha_bar).sqrt() * noise
 
 
+def denoiser_target(config, latent, noise, alpha_bar):
+    """What the denoiser learns to predict, like latent (B, C, h, w): the noise or, with --predict v, the velocity
+    v = sqrt(abar_t) noise - sqrt(1 - abar_t) z_0 (Salimans & Ho 2022, section 4); alpha_bar (B,). At a large t the
+    latent follows from v without a division by sqrt(abar_t), which would make the colours of a picture, and whether
+    they fit to what is kept, depend on small errors of eps."""
+    alpha_bar = alpha_bar.view(-1, 1, 1, 1)
+    return noise if config.predict == "eps" else alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latent
+
+
+def predicted_noise(config, output, x_t, alpha_bar):
+    """eps from the denoiser's output at z_t, both (B, C, h, w); alpha_bar 0-d."""
+    return output if config.predict == "eps" else alpha_bar.sqrt() * output + (1 - alpha_bar).sqrt() * x_t
+
+
 def denoise(
     predict, x, alpha_bars, steps, solver="ddim", noise_fn=None, data_max=None, clamp=None, resample_steps=1,
     callback=None,
@@ -543,7 +558,8 @@ def sample_latents(model, config, options, shape, clamp_for=None, resample_steps
     latents = []
 
     def predict(x, t):
-        return model.denoiser(x, torch.full((len(x),), float(t), device=device), known)
+        output = model.denoiser(x, torch.full((len(x),), float(t), device=device), known)
+        return predicted_noise(config, output, x, alpha_bars[t])
 
     def show(x, part):
         if callback and not latents:
@@ -614,6 +630,24 @@ def clamp_known(latent, positions, how, noise, alpha_bars):
     return clamp
 
 
+def blend(original, made, keep):
+    """`original` where keep (H, W) is 1, elsewhere `made`, both (B, 3, H, W) in [0, 1], without a step between: the
+    difference of the two at the border is carried on into the new part, from pixel to pixel, and fades there."""
+    kernel = torch.tensor([[1.0, 4.0, 1.0], [4.0, 0.0, 4.0], [1.0, 4.0, 1.0]])[None, None]
+
+    def around(x):  # the weighted sum of each pixel's eight neighbours
+        return F.conv2d(x.flatten(0, 1).unsqueeze(1), kernel, padding=1).view(x.shape)
+
+    keep = keep[None, None].float()
+    difference, known = (original - made) * keep, keep
+    for distance in range(STRIDE):
+        weight = around(known)
+        ring = (weight > 0) & (known == 0)  # the pixels next to the known ones
+        difference = torch.where(ring, around(difference) / weight.clamp(min=1) * (0.85 if distance else 1), difference)
+        known = known + ring
+    return torch.where(keep > 0, original, (made + difference).clamp(0, 1))
+
+
 @dataclasses.dataclass
 class InpaintConfig(SampleConfig):
     image: str = option("", "picture to change, of any size")
@@ -626,7 +660,7 @@ class InpaintConfig(SampleConfig):
     )
     steps: int | None = option(None, "steps from noise to picture (default: 12 with --clamp clean, else 50)", low=1)
     resample_steps: int | None = option(None, "how often each step is made (default: 1 with clean, else 5)", low=1)
-    composite: bool = option(False, "copy the kept pixels over the result, as the VAE does not return them exactly")
+    composite: bool = option(False, "put the kept pixels, which the VAE does not return exactly, into the result")
     as_written: bool = option(False, "the write-up's own way: 1,000 ancestral steps, each once, with the clean mean")
     num: int = option(2, "pictures to make", low=1)
     out: str = option("samples/inpainted.png", "the results; with original and mask in NAME-sheet.png", picture=True)
@@ -662,7 +696,7 @@ def inpaint(model, config, x, keep, callback=None, **options):
     sampled = sample_latents(model, config, options, clean.shape[1:], clamp_for, repeats, callback, known)
     latents = torch.where(positions, clean, sampled)  # normalising and its inverse have rounded the kept ones
     rgb = decode(model.vae, latents, x.shape[2:])
-    return latents, torch.where(keep > 0, x / 2 + 0.5, rgb) if options.composite else rgb
+    return latents, blend(x / 2 + 0.5, rgb, keep) if options.composite else rgb
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -833,7 +867,7 @@ def train(config):
             return code
         config = dataclasses.replace(config, resume=None)  # the denoiser's run is new
     vae, config = trained_vae(config.out if begun else config.vae or f"{config.out}-vae", config, device)
-    run = Run(config, "serpentine_vae", may_change={"vae", "vae_minutes", "vae_steps"})
+    run = Run(config, "serpentine_vae", may_change={"vae", "vae_minutes", "vae_steps"}, enough=50_000)
     pictures, _, loaded = load_data(config)
     if isinstance(vae, PublishedVAE) and not begun:
         measure_latents(vae, pictures)
@@ -862,9 +896,10 @@ def train(config):
             known = random_known(rng, *latent.shape[2:], config.known_prob)  # (B, 1, h, w)
             x_t = torch.where(known, latent, add_noise(latent, noise, alpha_bars[t]))  # 3. the noisy latents
             with autocast(device, precision):
-                eps = trained(x_t.to(device), t.to(device).float(), known.to(device))  # 4. predict the noise
+                output = trained(x_t.to(device), t.to(device).float(), known.to(device))  # 4. predict noise or v
             # 5. (B,) loss (Ho et al. 2020, eq. 14): the mean over the positions that hold noise
-            error, noisy = (eps - noise.to(device)).square().mean(dim=1), ~known[:, 0].to(device)
+            target = denoiser_target(config, latent, noise, alpha_bars[t]).to(device)
+            error, noisy = (output - target).square().mean(dim=1), ~known[:, 0].to(device)
             loss = (error * noisy).sum(dim=(1, 2)) / noisy.sum(dim=(1, 2)).clamp(min=1)
             scaler.scale(loss.mean() / config.grad_accum).backward()  # 6. gradients
             run.add(loss, t / config.num_timesteps)
@@ -1047,7 +1082,7 @@ def seams_command(options):
         start, usual, distances = time.perf_counter(), seam(x / 2 + 0.5, keep), []
         for i in range(options.tries):
             _, made = inpaint(model, config, x, keep, num=len(x), seed=i * len(x), **settings)
-            composite = torch.where(keep > 0, x / 2 + 0.5, made)
+            composite = blend(x / 2 + 0.5, made, keep)
             ratios = seam(made, keep) / usual, seam(composite, keep) / usual
             if lpips:
                 pairs = zip((x / 2 + 0.5).split(25), composite.split(25))

@@ -465,8 +465,7 @@ def load_model(path, device="cpu", objective="flow", predict="eps"):
         raise UserError(f"{path} is no checkpoint of unet_ddpm.py; name another with --weights")
     config, device = common.config_from_header(Config, header, path), common.pick_device(device)
     config.device = device.type  # load_source() may encode pictures with it
-    with torch.device("meta"):
-        model = build_model(config, *header["latent"])
+    model = build_model(config, *header["latent"])
     load_into(model, weights, path)
     model.header = header
     # Contiguous on a CPU: in channels-last, GroupNorm in bfloat16 takes half of the time of sampling there.
@@ -600,7 +599,7 @@ def train(config):
     """Train, or go on with --resume; the result is a run folder. Raises UserError."""
     device, precision = common.init_training(config)
     config = resolve(config, device)
-    run = common.Run(config, "unet_ddpm")
+    run = common.Run(config, "unet_ddpm", enough=25_000)
     source = load_source(config)
     data = Data(config, source, names_left_out(config, source))
     vae = common.load_matching_vae(config.vae, data.header).to(device) if data.in_latents else None

@@ -39,6 +39,46 @@ def random_rgb(count, size=16):
     return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
 
 
+# ---- few steps ----
+
+
+def test_jumps_of_a_straight_way_all_have_its_velocity_and_cover_it():
+    times = jit_lab.few_times(4)
+    start, end = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    states = [(1 - t) * start + t * end for t in times]
+    x_t, x_next, t, t_next, label = jit_lab.jumps(states)
+    velocity = (x_next - x_t) / (t_next - t).view(-1, 1, 1, 1)
+    assert torch.allclose(velocity, (end - start).repeat(7, 1, 1, 1), atol=1e-5)
+    assert times[0] == 0 and times[-1] == 1 and times[1] < 0.25
+    for k, steps in enumerate(jit_lab.FEW_STEPS):  # each picture's steps, one after the other, are those of the sampler
+        wanted = jit_lab.few_times(steps)
+        for picture in range(2):
+            of = [i for i in range(picture, 14, 2) if label[i] == k]
+            assert torch.allclose(t[of], torch.tensor(wanted[:-1])) and torch.allclose(
+                t_next[of], torch.tensor(wanted[1:])
+            )
+
+
+def test_distilled_model_lands_near_the_end_of_the_way_that_it_was_shown(tmp_path, capsys):
+    """The teacher's way in 8 steps bends (random weights); its own large Euler steps miss the end by far more."""
+    teacher, config = tiny_model(), tiny_config(predict="v", data=("drawn",))
+    common.save_tensors(tmp_path / "t.safetensors", teacher.state_dict(), {"system": "jit_lab", "config": vars(config)})
+    words = ["--weights", tmp_path / "t.safetensors", "--out", tmp_path / "d.safetensors", "--device", "cpu"]
+    assert jit_lab.main(["distill", *map(str, words), "--steps", "150", "--batch-size", "16", "--lr", "3e-3"]) == 0
+    teacher, config = jit_lab.load_model(tmp_path / "t.safetensors", torch.device("cpu"))
+    student, _ = jit_lab.load_model(tmp_path / "d.safetensors", torch.device("cpu"))
+    end = jit_lab.sample(teacher, config, 32, 200, seed=500)
+    for steps in jit_lab.FEW_STEPS:
+        off, before = (
+            (jit_lab.sample(model, config, 32, steps, seed=500) - end).square().mean() for model in (student, teacher)
+        )
+        assert off < 0.5 * before, (steps, off, before)
+    with pytest.raises(UserError, match="a distilled model takes 4, 2, 1"):
+        jit_lab.sample(student, config, 1, 3)
+    assert jit_lab.main(["distill", "--weights", str(tmp_path / "d.safetensors")]) == 2
+    assert "is distilled already" in capsys.readouterr().err
+
+
 # ---- the loss ----
 
 
@@ -84,6 +124,8 @@ def test_training_times_follow_their_distribution():
 
 class Oracle(torch.nn.Module):
     """A network that always knows the data, answer(x_t, t, y), and outputs what config.predict asks for."""
+
+    distilled = False
 
     def __init__(self, config, answer, num_classes=1):
         super().__init__()

@@ -243,8 +243,9 @@ def clock(monkeypatch):
     return now
 
 
-def test_first_step_is_no_part_of_the_schedule_but_of_the_budget(train, clock, monkeypatch):
-    """The first step takes 30 of 60 seconds, as with a compiler; then 10 seconds each."""
+@pytest.fixture
+def progress(clock, monkeypatch):
+    """The run's progress after each step. The first takes 30 seconds, as with a compiler; then 10 seconds each."""
     progress = []
 
     def log(self, *numbers, honest=common.Run.log):
@@ -253,6 +254,22 @@ def test_first_step_is_no_part_of_the_schedule_but_of_the_budget(train, clock, m
         progress.append(self.progress)
 
     monkeypatch.setattr(common.Run, "log", log)
+    return progress
+
+
+def test_run_that_sees_too_few_pictures_says_so_early_and_at_the_end(train, progress, monkeypatch, capsys):
+    """Two minutes are ten steps of 8 pictures; the toy needs 160. The first step is not counted when it is foretold."""
+    monkeypatch.setattr(common, "LOG_EVERY", 1)
+    train(steps=None, minutes=2.0)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "need" in line]
+    ending = "need 160: go on afterwards by the same command with --resume --minutes 4"
+    assert len(lines) == 2 and all(line.endswith(ending) for line in lines)
+    assert " are 96 pictures" in lines[0] and " are 80 pictures" in lines[1]
+    train(steps=None, minutes=5.0, out="enough")  # the same clock, 28 steps
+    assert "need" not in capsys.readouterr().err
+
+
+def test_first_step_is_no_part_of_the_schedule_but_of_the_budget(train, progress):
     train(steps=None, minutes=1.0)
     assert progress == [0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1]
     train(steps=None, minutes=2.0, resume="")

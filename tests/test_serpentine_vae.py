@@ -356,8 +356,36 @@ def test_kept_latents_and_with_composite_kept_pixels_are_bit_identical(clamp, so
     assert (rgb[:, :, kept] == (x / 2 + 0.5)[:, :, kept]).all()
     assert (rgb[:, :, ~kept] != (x / 2 + 0.5)[:, :, ~kept]).any()
     _, plain = serpentine.inpaint(model, config, x, keep, **options)
-    assert torch.equal(plain[:, :, ~kept], rgb[:, :, ~kept])
+    assert torch.equal(serpentine.blend(x / 2 + 0.5, plain, keep), rgb)
     assert not torch.equal(plain[:, :, kept], rgb[:, :, kept])
+
+
+def test_blend_carries_the_difference_over_the_border_where_it_fades():
+    keep, original = torch.zeros(32, 48), torch.rand(1, 3, 32, 48) * 0.5 + 0.25
+    keep[:, :20] = 1
+    made = original + 0.1
+    off = serpentine.blend(original, made, keep) - original
+    for column in range(48):
+        distance = column - 19  # from the last kept column
+        wanted = 0.0 if distance <= 1 else 0.1 * (1 - 0.85 ** (distance - 1)) if distance <= 8 else 0.1
+        assert torch.allclose(off[..., column], torch.full_like(off[..., column], wanted), atol=1e-6)
+    assert torch.equal(serpentine.blend(original, made, keep)[..., :20], original[..., :20])
+    made[..., 20:] = original[..., 20:]  # a difference in the kept part alone
+    assert serpentine.blend(original, made, keep)[..., 20].sub(original[..., 20]).mean() == pytest.approx(
+        -0.1, abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("predict", ["eps", "v"])
+def test_the_noise_follows_from_what_the_denoiser_should_predict(predict):
+    """Of a perfect denoiser, in the limits of t and between them; with the clean latent that its v implies."""
+    config, latent, noise = serpentine.Config(predict=predict), torch.randn(3, 4, 5, 6), torch.randn(3, 4, 5, 6)
+    for alpha_bar in torch.tensor([1.0, 0.5, 4e-5]):
+        z_t = serpentine.add_noise(latent, noise, alpha_bar)
+        target = serpentine.denoiser_target(config, latent, noise, alpha_bar.expand(3))
+        assert torch.allclose(serpentine.predicted_noise(config, target, z_t, alpha_bar), noise, atol=1e-5)
+        if predict == "v":
+            assert torch.allclose(alpha_bar.sqrt() * z_t - (1 - alpha_bar).sqrt() * target, latent, atol=1e-5)
 
 
 def test_each_position_has_the_time_of_what_it_holds():

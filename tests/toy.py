@@ -67,7 +67,7 @@ def load_batch(config, data, step, rows):
 
 def train(config):
     device, precision = common.init_training(config)
-    run = common.Run(config, "toy")
+    run = common.Run(config, "toy", enough=160)
     data = load_data(config)
     torch.manual_seed(config.seed)
     model = Model(config.width)

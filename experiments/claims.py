@@ -96,7 +96,7 @@ BASE = {
     "train-vae": dict(image_size=40, decoder="local"),
     "serpentine_vae": dict(
         image_size=80, num_samples=2000, vae=RUNS / "vae.safetensors", width=64, multipliers=(1, 2),
-        depth=1, known_prob=0, num_timesteps=1000,
+        depth=1, predict="eps", known_prob=0, num_timesteps=1000,
     ),
     "dit_t2i": dict(
         image_size=32, patch_size=4, depth=3, num_heads=2, text_dim=128, batch_size=32, num_samples=10_000,

@@ -2034,8 +2034,8 @@ def paint_scene(seed, size=64):
         dark = max(body) < 100
         colours |= {"body": body, "deep": deep, "light": mix(body, white, 0.25 if dark else 0.45)}
         colours |= {"blush": mix((255, 140, 150), body, 0.3), "face": mix(white, body, 0.1) if dark else ink}
-        x, y = x + rng.uniform(-0.03, 0.03), y + rng.uniform(-0.03, 0.03)
-        painter = Painter(image, colours, x, y, scale * rng.uniform(0.94, 1), rng.uniform(-0.12, 0.12))
+        x, y = x + rng.uniform(-0.02, 0.02), y + rng.uniform(-0.02, 0.02)
+        painter = Painter(image, colours, x, y, scale * rng.uniform(0.96, 1), rng.uniform(-0.05, 0.05))
         painter.paint([("shadow", outline) for _, outline in tables["things"][thing]], down=0.09)
         painter.paint(tables["things"][thing])
     return image.reduce(4), caption, things

@@ -1,5 +1,6 @@
 """What the systems share: mathematics (position embeddings, attention, rectified flow, DDPM), autoencoders, what every
 training program needs (options, devices, processes, checkpoints, pictures, run folders), and painted pictures.
+`python common.py` trains and draws the smallest diffusion model, which is at the end.
 
 Shape letters: B batch, C channels, H W height and width, N tokens, D width, h heads.
 """
@@ -2028,3 +2029,68 @@ def paint_scene(seed, size=64):
         painter.paint([("shadow", outline) for _, outline in tables["things"][thing]], down=0.09)
         painter.paint(tables["things"][thing])
     return image.reduce(4), caption, things
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# `python common.py`: the smallest diffusion model. Its data are points in a plane, so that one can see them move.
+
+
+def spiral(count):
+    """(count, 2) random points near a spiral."""
+    angle = 3 * math.pi * torch.rand(count, 1).sqrt()
+    return angle / 4 * torch.cat((angle.cos(), angle.sin()), dim=1) + 0.05 * torch.randn(count, 2)
+
+
+def flow_2d(steps=2000, out="samples/flow_2d.png"):
+    """Learn the spiral by rectified flow, with noise at t = 0 and data at t = 1, and draw how 2,000 points of noise
+    move. Returns where they end, and as many points of the spiral, each (2000, 2)."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(2 + 32, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU()]
+    network = nn.Sequential(*layers, nn.Linear(128, 2))
+    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+
+    def velocity(x, t):
+        """Of points x (B, 2), as the network predicts it; t: (B,) or a float."""
+        t = torch.as_tensor(t).expand(len(x))
+        return network(torch.cat((x, timestep_embedding(100 * t, 32)), dim=1))
+
+    for step in tqdm(range(steps), "training"):
+        set_lr(optimizer, 1e-2 * lr_factor(step / steps, step, warmup=0.0, decay="linear"))
+        data, noise, t = spiral(256), torch.randn(256, 2), torch.rand(256)
+        x_t = flow_point(noise, data, t)
+        loss = (velocity(x_t, t) - (data - noise)).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    noise, states = torch.randn(2000, 2), []
+    with torch.no_grad():
+        end = flow_euler(velocity, noise, [i / 100 for i in range(101)], callback=lambda x, t: states.append(x))
+    data = spiral(2000)
+    save_picture(draw_paths(torch.stack(states), data), out)
+    print(f"points of noise (t = 0) on their way to a spiral (t = 1): {out}")
+    return end, data
+
+
+def draw_paths(states, data):
+    """The points `states` (steps + 1, N, 2), as a PIL picture: some at four times, with the paths that led there; and
+    data (N, 2). A colour tells in which sixth of the noise a point began."""
+    side, last, grey = 480, len(states) - 1, "#777777"  # drawn twice too large: shrinking smooths the edges
+    sheet = Image.new("RGB", (5 * side, side + 40), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(26)
+    sixths = (3 + 3 / math.pi * states[0, :, 1].atan2(states[0, :, 0])).long().clamp(max=5).tolist()
+    for k, part in enumerate((0, 0.5, 0.75, 1, None)):
+        paths = data[None] if part is None else states[: round(part * last) + 1]
+        paths = paths / 6.4 * side + torch.tensor([(k + 0.5) * side, side / 2 + 40])
+        pen.text(((k + 0.5) * side, 20), "data" if part is None else f"t = {part:g}", "black", font, "mm")
+        for i, path in enumerate(paths[:, :500].transpose(0, 1).flatten(1).tolist()):
+            colour = grey if part is None else CURVE_COLOURS[sixths[i]]
+            if i < 60 and len(path) > 2:
+                pen.line(path, colour)
+            x, y = path[-2:]
+            pen.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
+    return sheet.reduce(2)
+
+
+if __name__ == "__main__":
+    flow_2d()

@@ -9,12 +9,8 @@ import re
 import shlex
 from pathlib import Path
 
-import common
-import jit_lab
-
 import pytest
 import torch
-from conftest import TINY
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,12 +113,13 @@ def test_each_picture_in_assets_is_in_a_document():
 
 def test_the_readme_s_python_runs_as_printed(tmp_path, monkeypatch):
     """With small settings in place of the demo's for the run that is trained."""
+    common, jit_lab = load("common.py"), load("jit_lab.py")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights").symlink_to(ROOT / "weights")
     (tmp_path / "DIR").mkdir()
     for i in range(8):
         common.paint_face(i)[0].save(f"DIR/{i}.png")
-    for name, value in (TINY | {"optimizer": "adamw"}).items():
+    for name, value in (load("conftest.py").TINY | {"optimizer": "adamw"}).items():
         monkeypatch.setitem(jit_lab.DEMO, name, value)
     names, seen, shown = {}, [], None
     for line in ast.parse(re.search(r"```python\n(.*?)```", TEXT[DOCS[0]], re.S)[1]).body:

@@ -1,5 +1,6 @@
 """What the systems share: mathematics (position embeddings, attention, rectified flow, DDPM), autoencoders, what every
 training program needs (options, devices, processes, checkpoints, pictures, run folders), and painted pictures.
+`python common.py` trains and draws the smallest diffusion model, which is at the end.
 
 Shape letters: B batch, C channels, H W height and width, N tokens, D width, h heads.
 """
@@ -1539,17 +1540,20 @@ def write_samples(rgb, names, config, frames=(), columns=None):
 CURVE_COLOURS = "#1f77b4", "#d9541e", "#3a923a", "#8a5bd0", "#b08a1e", "#c2457f", "#1f9a9a", "#777777", "#000000"
 
 
-def chart(title, curves, floor=None):
+def chart(title, curves, floor=None, axes=None, size=(640, 320)):
     """Curves, name -> [(x, y > 0)], over a logarithmic y axis, as a PIL picture. floor: a level to be drawn as a curve
-    of that name, such as the distance of real pictures from each other."""
-    image, font = Image.new("RGB", (640, 320), "white"), ImageFont.load_default(13)
-    pen, left, right, top, bottom = ImageDraw.Draw(image), 56, 510, 36, 288
+    of that name, such as the distance of real pictures from each other. axes: the curves that the axes must have room
+    for [these ones], so that several charts can be compared. A curve named "expected" is grey, behind the others."""
+    image, font = Image.new("RGB", size, "white"), ImageFont.load_default(13)
     curves = {name: curve[:: max(1, len(curve) // 400)] for name, curve in curves.items() if curve}
-    last = max((x for curve in curves.values() for x, _ in curve), default=0) or 1
+    points = list(itertools.chain(*(axes or curves).values()))
+    last = max((x for x, _ in points), default=0) or 1
     if floor is not None:
         curves["floor"] = [(0, floor), (last, floor)]
-    ys = [max(y, 1e-6) for curve in curves.values() for _, y in curve] or [1]
+    ys = [max(y, 1e-6) for _, y in points + curves.get("floor", [])] or [1]
     low, high = min(ys) / 1.1, max(ys) * 1.1
+    pen, left, right, top, bottom = ImageDraw.Draw(image), 56, size[0] - 24, 36, size[1] - 32
+    right -= 106 * (len(curves) > 1)  # room for the names
 
     def place(x, y):
         up = math.log(max(y, low) / low) / math.log(high / low)
@@ -1557,14 +1561,17 @@ def chart(title, curves, floor=None):
 
     pen.text((left, 8), title, "black", font)
     pen.line([(left, top), (left, bottom), (right, bottom)], "black")
-    for y in (a * 10.0**b for b in range(-6, 7) for a in (1, 2, 5)):
+    factors = (1, 2, 5) if bottom - top > 50 * math.log10(high / low) else (1,)
+    for y in (a * 10.0**b for b in range(-6, 7) for a in factors):
         if low <= y <= high:
             pen.text((left - 6, place(0, y)[1]), f"{y:g}", "black", font, "rm")
     for x in (0, last / 2, last):
         pen.text((place(x, low)[0], bottom + 6), f"{x:,g}", "black", font, "ma")
-    for i, (name, curve) in enumerate(curves.items()):
-        pen.line([place(x, y) for x, y in curve], CURVE_COLOURS[i % len(CURVE_COLOURS)], 2)
-        pen.text((right + 6, top + 18 * i), name, CURVE_COLOURS[i % len(CURVE_COLOURS)], font)
+    for i, (name, curve) in reversed(list(enumerate(curves.items()))):
+        colour = "#aaaaaa" if name == "expected" else CURVE_COLOURS[i % len(CURVE_COLOURS)]
+        pen.line([place(x, y) for x, y in curve], colour, 2)
+        if len(curves) > 1:
+            pen.text((right + 6, top + 18 * i), name, colour, font)
     return image
 
 
@@ -1577,10 +1584,11 @@ def stack_pictures(pictures):
 
 
 def html_picture(picture, caption=""):
-    """A PIL picture as an HTML figure that holds the picture itself."""
+    """A PIL picture as an HTML figure that holds the picture itself. A click, or the space bar, enlarges it."""
     picture.save(data := io.BytesIO(), "PNG")
     source = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
-    return f'<figure><img src="{source}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+    image = f'<label><input type="checkbox"><img src="{source}"></label>'
+    return f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
 def html_table(rows):
@@ -1589,12 +1597,22 @@ def html_table(rows):
     return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
+PAGE_STYLE = """
+body {font: 15px/1.5 sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere}
+div {display: grid; gap: 0 1rem; grid-template-columns: repeat(auto-fill, minmax(min(14rem, 45%), 1fr))}
+figure {margin: 0 0 1rem} img {max-width: 100%; cursor: zoom-in} div img {width: 100%}
+input {position: absolute; opacity: 0} :focus-visible + img {outline: 2px solid}
+figure:has(:checked) {grid-column: 1 / -1} :checked + img {max-width: none; cursor: zoom-out}
+div :checked + img {max-height: 95vh; object-fit: contain}
+td {padding-right: 1rem; border-bottom: 1px solid #ddd}
+"""
+
+
 def save_page(path, title, body):
-    """Write an HTML page that needs no other file and no script."""
-    head = f'<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>'
-    style = "body {font: 15px/1.5 sans-serif; max-width: 70rem; margin: 2rem auto} figure {display: inline-block}"
-    style += " td {padding-right: 1rem; border-bottom: 1px solid #ddd}</style>"
-    save_text(path, f"{head}{style}<h1>{html.escape(title)}</h1>{body}</html>\n")
+    """Write an HTML page that needs no other file and no script, and can be read on a phone. A <div> is a grid."""
+    head = '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    title = html.escape(title)
+    save_text(path, f"{head}<title>{title}</title><style>{PAGE_STYLE}</style><h1>{title}</h1>{body}</html>\n")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -1616,6 +1634,14 @@ def read_log(folder):
     lines = log.read_text("utf-8", "replace").splitlines() if log.exists() else []
     pattern = rf"\d+(,[-+.e\d]*){{{len(LOG_COLUMNS) - 1}}}"
     return list(csv.DictReader((line for line in lines if re.fullmatch(pattern, line)), LOG_COLUMNS))
+
+
+def expected_run(system, config):
+    """The run in assets/expected.json with the settings of this config, {"run": what it was, "settings", "curve":
+    [[pictures, loss], ...]}, or None. `settings` are the options that decide what the loss measures."""
+    own = json.loads(json.dumps(vars(config))) | {"system": system}
+    runs = json.loads((Path(__file__).parent / "assets" / "expected.json").read_text("utf-8"))
+    return next((run for run in runs if run["settings"].items() <= own.items()), None)
 
 
 class Run:
@@ -1831,15 +1857,26 @@ class Run:
         """index.html: samples, loss curves and configuration in one file without scripts."""
         if rank():
             return
-        body = f"<p>step {self.step:,}, {self.images:,} pictures, {self.now / 60:.1f} minutes</p>"
+        rows, samples = read_log(self.folder), ""
         for path in sorted((self.folder / "samples").glob("step_*.png")):
             with Image.open(path) as picture:
-                body += html_picture(picture, f"step {int(path.stem[5:]):,}")
-        curves, rows = {}, read_log(self.folder)
-        for k, column in enumerate(["loss", *(f"loss_bin_{k}" for k in range(NOISE_BINS))]):
-            name = f"t {(k - 1) / NOISE_BINS:g} to {k / NOISE_BINS:g}" if k else "all times t"
-            curves[name] = [(int(row["images"]), float(row[column])) for row in rows if row[column]]
-        body += html_picture(chart("Loss by pictures seen", curves)) + html_table(vars(self.config).items())
+                samples += html_picture(picture, f"step {int(path.stem[5:]):,}")
+
+        def curve(column):
+            return [(int(row["images"]), float(row[column])) for row in rows if row[column]]
+
+        curves, about = {"this run": curve("loss")}, ""
+        if expected := expected_run(self.system, self.config):
+            end = self.images / (self.progress or 1)  # of this run, by pictures seen
+            curves["expected"] = [(x, y) for x, y in expected["curve"] if x <= end]
+            about = f"Expected: {expected['run']}. Other pictures, or another length, have another loss."
+        bins = {f"t {k / NOISE_BINS:g} to {(k + 1) / NOISE_BINS:g}": curve(f"loss_bin_{k}") for k in range(NOISE_BINS)}
+        charts = [chart(name, {name: bins[name]}, axes=bins, size=(240, 180)) for name in bins if bins[name]]
+        body = f"<p>step {self.step:,}, {self.images:,} pictures, {self.now / 60:.1f} minutes</p>"
+        body += f"<h2>Samples (click to enlarge)</h2><div>{samples}</div><h2>Loss by pictures seen</h2>"
+        body += html_picture(chart("mean over all times t", curves, size=(520, 300)), about)
+        body += f"<div>{''.join(map(html_picture, charts))}</div>"
+        body += f"<h2>Settings</h2>{html_table(vars(self.config).items())}"
         save_page(self.folder / "index.html", f"{self.system}: {self.folder}", body)
 
     def finish(self):
@@ -2039,3 +2076,68 @@ def paint_scene(seed, size=64):
         painter.paint([("shadow", outline) for _, outline in tables["things"][thing]], down=0.09)
         painter.paint(tables["things"][thing])
     return image.reduce(4), caption, things
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# `python common.py`: the smallest diffusion model. Its data are points in a plane, so that one can see them move.
+
+
+def spiral(count):
+    """(count, 2) random points near a spiral."""
+    angle = 3 * math.pi * torch.rand(count, 1).sqrt()
+    return angle / 4 * torch.cat((angle.cos(), angle.sin()), dim=1) + 0.05 * torch.randn(count, 2)
+
+
+def flow_2d(steps=2000, out="samples/flow_2d.png"):
+    """Learn the spiral by rectified flow, with noise at t = 0 and data at t = 1, and draw how 2,000 points of noise
+    move. Returns where they end, and as many points of the spiral, each (2000, 2)."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(2 + 32, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU()]
+    network = nn.Sequential(*layers, nn.Linear(128, 2))
+    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+
+    def velocity(x, t):
+        """Of points x (B, 2), as the network predicts it; t: (B,) or a float."""
+        t = torch.as_tensor(t).expand(len(x))
+        return network(torch.cat((x, timestep_embedding(100 * t, 32)), dim=1))
+
+    for step in tqdm(range(steps), "training"):
+        set_lr(optimizer, 1e-2 * lr_factor(step / steps, step, warmup=0.0, decay="linear"))
+        data, noise, t = spiral(256), torch.randn(256, 2), torch.rand(256)
+        x_t = flow_point(noise, data, t)
+        loss = (velocity(x_t, t) - (data - noise)).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    noise, states = torch.randn(2000, 2), []
+    with torch.no_grad():
+        end = flow_euler(velocity, noise, [i / 100 for i in range(101)], callback=lambda x, t: states.append(x))
+    data = spiral(2000)
+    save_picture(draw_paths(torch.stack(states), data), out)
+    print(f"points of noise (t = 0) on their way to a spiral (t = 1): {out}")
+    return end, data
+
+
+def draw_paths(states, data):
+    """The points `states` (steps + 1, N, 2), as a PIL picture: some at four times, with the paths that led there; and
+    data (N, 2). A colour tells in which sixth of the noise a point began."""
+    side, last, grey = 480, len(states) - 1, "#777777"  # drawn twice too large: shrinking smooths the edges
+    sheet = Image.new("RGB", (5 * side, side + 40), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(26)
+    sixths = (3 + 3 / math.pi * states[0, :, 1].atan2(states[0, :, 0])).long().clamp(max=5).tolist()
+    for k, part in enumerate((0, 0.5, 0.75, 1, None)):
+        paths = data[None] if part is None else states[: round(part * last) + 1]
+        paths = paths / 6.4 * side + torch.tensor([(k + 0.5) * side, side / 2 + 40])
+        pen.text(((k + 0.5) * side, 20), "data" if part is None else f"t = {part:g}", "black", font, "mm")
+        for i, path in enumerate(paths[:, :500].transpose(0, 1).flatten(1).tolist()):
+            colour = grey if part is None else CURVE_COLOURS[sixths[i]]
+            if i < 60 and len(path) > 2:
+                pen.line(path, colour)
+            x, y = path[-2:]
+            pen.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
+    return sheet.reduce(2)
+
+
+if __name__ == "__main__":
+    flow_2d()

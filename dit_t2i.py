@@ -1237,7 +1237,7 @@ def train(config):
 # Subcommands
 
 
-def load_model(path, device):
+def load_model(path, device="cpu"):
     """(DiT in eval mode, Config) from our own checkpoint, or one of the post's repository (.pt). model.header holds the
     shape "latent" (C, S), "text", {"words", "length"} or {"clip"}, and the hash "vae". Raises UserError."""
     weights, header = load_tensors(path)

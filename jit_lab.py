@@ -654,7 +654,7 @@ def sizes_of_weights(weights):
     )
 
 
-def load_model(path, device):
+def load_model(path, device="cpu"):
     """(JiT in eval mode, Config) of a checkpoint of this program, of the post's safetensors file or of an official JiT
     .pth. Raises UserError if the file is broken or of another model."""
     weights, header = common.load_tensors(path)

@@ -9,9 +9,11 @@ import types
 import common
 from common import AutoencoderKL, BatchRng, UserError
 
+import numpy as np
 import pytest
 import torch
 import toy
+from PIL import Image
 from safetensors.torch import save_file
 
 # ---- optimization ----
@@ -306,3 +308,34 @@ def test_precision_and_device_are_what_the_machine_has(monkeypatch):
         assert common.pick_precision("auto", cpu) == precision and common.pick_precision("fp16", cpu) == "fp16"
     with common.autocast(cpu, "bf16"):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+
+
+# ---- the smallest diffusion model ----
+
+
+def test_points_of_noise_become_a_spiral_only_after_the_whole_training(tmp_path):
+    def energy_distance(a, b):  # 0 for equal distributions (Szekely & Rizzo 2013, eq. 5)
+        return (2 * torch.cdist(a, b).mean() - torch.cdist(a, a).mean() - torch.cdist(b, b).mean()).item()
+
+    def strays(points, data):  # the part that is three standard deviations of the spiral's width or more from it
+        return (torch.cdist(points, data).min(dim=1)[0] > 0.15).float().mean().item()
+
+    end, data = common.flow_2d(out=tmp_path / "flow.png")
+    real = common.spiral(2000)
+    assert energy_distance(real, data) < 0.003 and strays(real, data) < 0.002
+    # For five seeds 0.0007 to 0.0045 and 2.6 to 4.3 %; after 1,000 steps 0.0026 to 0.0051 and 5.9 to 9.0 %.
+    assert energy_distance(end, data) < 0.006 and strays(end, data) < 0.05
+    assert np.asarray(Image.open(tmp_path / "flow.png")).std() > 10
+    end, data = common.flow_2d(steps=250, out=tmp_path / "early.png")
+    assert energy_distance(end, data) > 0.006 and strays(end, data) > 0.2
+
+
+def test_paths_are_drawn_from_the_noise_to_where_they_end():
+    states = torch.tensor([[[-2.0, 1.0]], [[2.0, 1.0]]])  # one point, which moves to the right in one step
+    image = np.asarray(common.draw_paths(states, torch.tensor([[0.0, -2.0]])))
+
+    def is_drawn(panel, x, y):
+        return (image[int(20 + (y / 6.4 + 0.5) * 240), int((panel + x / 6.4 + 0.5) * 240)] < 255).any()
+
+    assert is_drawn(0, -2, 1) and is_drawn(1, -2, 1) and not is_drawn(1, 0, 1)
+    assert is_drawn(3, 0, 1) and is_drawn(3, 2, 1) and not is_drawn(3, 2, -1) and is_drawn(4, 0, -2)

@@ -407,3 +407,16 @@ def test_chart_puts_large_values_high_and_late_ones_right():
     rows, columns = np.nonzero(blue[:, : image.shape[1] - 130])
     heights = [rows[columns == x].mean() for x in np.linspace(columns.min() + 1, columns.max() - 1, 9).astype(int)]
     assert np.all(np.diff(heights) > 0) and np.ptp(np.diff(heights)) < 3  # downwards; straight on a logarithmic axis
+
+
+def test_charts_with_the_same_axes_put_a_point_in_the_same_place_and_what_is_expected_behind():
+    def places(colour, curves, **options):
+        image = np.asarray(common.chart("loss", curves, **options), int)[36:, 57:-130]
+        return set(zip(*np.nonzero((image == common.ImageColor.getrgb(colour)).all(axis=2))))
+
+    whole, part = {"loss": [(0, 100.0), (10, 1.0), (20, 0.01)]}, {"loss": [(10, 1.0), (20, 0.01)]}
+    blue, grey = common.CURVE_COLOURS[0], "#aaaaaa"
+    assert 50 < len(places(blue, part, axes=whole)) < len(places(blue, whole))
+    assert places(blue, part, axes=whole) < places(blue, whole) and not places(blue, part) < places(blue, whole)
+    assert places(blue, whole | {"expected": whole["loss"]}) and not places(grey, whole | {"expected": whole["loss"]})
+    assert places(grey, whole | {"expected": [(0, 1.0), (20, 1.0)]})

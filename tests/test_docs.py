@@ -3,12 +3,15 @@
 `python tests/test_docs.py` corrects the line numbers in links such as [JiT](jit_lab.py#L219).
 """
 
+import ast
 import importlib
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -108,11 +111,37 @@ def test_each_picture_in_assets_is_in_a_document():
     assert [p.name for p in (ROOT / "assets").glob("*") if p.suffix != ".json" and p.name not in shown] == []
 
 
-def test_the_readme_s_python_snippet_runs(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    names = {}
-    exec(re.search(r"```python\n(.*?)```", TEXT[DOCS[0]], re.S)[1].replace("steps=50", "steps=2"), names)
-    assert names["rgb"].shape == (4, 3, 80, 80) and names["rgb"].min() >= 0 and names["rgb"].max() <= 1
+def test_the_readme_s_python_runs_as_printed(tmp_path, monkeypatch):
+    """With small settings in place of the demo's for the run that is trained."""
+    common, jit_lab = load("common.py"), load("jit_lab.py")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").symlink_to(ROOT / "weights")
+    (tmp_path / "DIR").mkdir()
+    for i in range(8):
+        common.paint_face(i)[0].save(f"DIR/{i}.png")
+    for name, value in (load("conftest.py").TINY | {"optimizer": "adamw"}).items():
+        monkeypatch.setitem(jit_lab.DEMO, name, value)
+    names, seen, shown = {}, [], None
+    for line in ast.parse(re.search(r"```python\n(.*?)```", TEXT[DOCS[0]], re.S)[1]).body:
+        if isinstance(line, ast.Expr):  # a notebook shows the value of the last one
+            shown = eval(compile(ast.Expression(line.value), "README.md", "eval"), names)
+        else:
+            exec(compile(ast.Module([line], []), "README.md", "exec"), names)
+        if "rgb" in names and all(names["rgb"] is not rgb for rgb in seen):
+            seen.append(names["rgb"])
+    assert [rgb.shape[-1] for rgb in seen] == [40, 80, 64, 80, 80, 16]
+    for rgb in seen:
+        assert rgb.shape == (4, 3, rgb.shape[-1], rgb.shape[-1]) and rgb.min() >= 0 and rgb.max() <= 1
+    for rgb in seen[:5]:  # as different from each other as pictures are, within them and between them
+        assert rgb.std(dim=(2, 3)).min() > 0.02 and rgb.std(dim=0).mean() > 0.1
+    assert isinstance(shown, Image.Image) and shown.size == (32, 32) and shown == common.make_grid(seen[-1])
+
+    model, config = jit_lab.load_model("weights/jit_lab.safetensors", "cpu")
+    made = jit_lab.sample(model, config, num=1, steps=20, seed=4, precision="fp32")
+    assert torch.allclose(made, seen[4][:1], atol=1e-3)
+    x_t = common.flow_point(names["noise"], jit_lab.rgb_to_lab(seen[3]), names["t"])
+    nothing = jit_lab.flow_loss(config, 0 * x_t, x_t, jit_lab.rgb_to_lab(seen[3]), names["t"], torch.ones(4, 3, 1, 1))
+    assert names["loss"].shape == (4,) and (names["loss"] < nothing / 5).all()
 
 
 if __name__ == "__main__":

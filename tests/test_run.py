@@ -5,6 +5,7 @@ import contextlib
 import csv
 import gc
 import io
+import json
 import os
 import re
 import signal
@@ -348,9 +349,27 @@ def test_page_needs_no_other_file_and_no_script(train, all_marks):
                 assert not name.startswith("on") and (name not in ("src", "href") or value.startswith("data:image/png"))
 
     Reader().feed(page)
-    assert tags.count("img") == 6 + 1 and not {"script", "link", "iframe"} & set(tags)
+    assert tags.count("img") == tags.count("input") == 6 + 1 + 8 and not {"script", "link", "iframe"} & set(tags)
     assert not re.search(r"https?://|url\(|@import", page)
     assert "<td>grad_accum</td>" in page and "step 20, 160 pictures" in page
+
+
+def test_page_shows_what_to_expect_of_a_run_with_the_same_settings(train, tmp_path, monkeypatch):
+    charts, honest = {}, common.chart
+    expected = [{"run": "an earlier run", "settings": {"system": "toy", "width": 8}, "curve": [[8, 1], [400, 0.1]]}]
+    expected[0]["curve"] += [[401, 0.05]]
+    (tmp_path / "assets").mkdir()
+    common.save_text(tmp_path / "assets" / "expected.json", json.dumps(expected))
+    monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
+    monkeypatch.setattr(
+        common, "chart", lambda title, curves, **how: charts.update(curves) or honest(title, curves, **how)
+    )
+    for width in (4, 8):
+        train(str(width), width=width, steps=50)
+        assert ("Expected: an earlier run." in common.Path(f"{width}/index.html").read_text()) == (width == 8)
+    assert charts["expected"] == [(8, 1), (400, 0.1)]  # as far as this run goes
+    assert charts["this run"] == [(int(row["images"]), float(row["loss"])) for row in log_of("8")]
+    assert charts["t 0.25 to 0.375"] == [(int(row["images"]), float(row["loss_bin_2"])) for row in log_of("8")]
 
 
 def test_skipped_pictures_are_named_with_escapes_that_any_console_can_print(train, monkeypatch):

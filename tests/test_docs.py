@@ -50,7 +50,7 @@ def commands():
                 yield where, found[1], tuple(shlex.split(words, comments=True))
 
 
-@pytest.mark.parametrize("file", [f"{name}.py" for name in SYSTEMS] + ["experiments/emoji.py"])
+@pytest.mark.parametrize("file", [f"{name}.py" for name in SYSTEMS] + ["experiments/emoji.py", "experiments/scenes.py"])
 def test_each_command_is_accepted_by_its_own_parser(file, monkeypatch, capsys):
     module, given = load(file), []
     table = module.COMMANDS if "/" in file else module.SUBCOMMANDS

@@ -1,4 +1,4 @@
-"""experiments/claims.py, expected.py, features.py and figures.py: what they measure and show, on a few painted pictures."""
+"""experiments/: claims.py, expected.py, features.py and figures.py on a few painted pictures."""
 
 import csv
 import dataclasses
@@ -21,6 +21,7 @@ import claims
 import expected
 import features
 import figures
+import scenes
 from claims import dit_t2i, jit_lab, serpentine_vae, unet_ddpm
 
 
@@ -184,3 +185,38 @@ def test_a_thinned_log_has_the_mean_loss_of_each_part():
     curve = expected.thin(rows)
     assert 38 < len(curve) <= 40 and all(y == pytest.approx(x, rel=1e-3) for x, y in curve)
     assert curve[0][0] < 100 and curve[-1][0] == pytest.approx(32_000 * (1 + (39 / 40) ** 2) / 2, rel=0.01)
+
+
+# ---- scenes ----
+
+
+def test_labels_are_what_a_caption_of_one_thing_names():
+    def names(caption):
+        return [words[k] if k >= 0 else None for k, words in zip(scenes.labels_of(caption), scenes.HEADS.values())]
+
+    assert names("a red car") == ["car", "red", "", None]
+    assert names("a small pink fish at the top, on a blue background") == [
+        "fish", "pink", "at the top", "on a blue background"
+    ]  # fmt: skip
+    assert names("a big black moon at night") == ["moon", "black", "", "at night"]
+    assert scenes.labels_of("a red car left of a blue house") is None
+
+
+def test_shares_count_what_is_named_and_right():
+    logits = [
+        F.one_hot(torch.tensor(row), 4).float() for row in ([0, 1, 2, 3], [1, 1, 1, 1], [0, 0, 0, 0], [2, 2, 2, 2])
+    ]
+    labels = torch.tensor([[0, 1, -1, 2], [1, 0, -1, 2], [2, 1, 0, -1], [0, 0, 1, -1]])
+    shares = scenes.shares_right(lambda rgb: logits, torch.zeros(4, 3, 64, 64), labels)
+    assert shares == {"thing": 0.75, "colour": 0.5, "place": 0.5, "background": 1.0}
+
+
+def test_classifier_learns_to_tell_scenes_and_is_kept(tmp_path, monkeypatch):
+    """Trained for long on few scenes it knows these; the file gives the same network again."""
+    monkeypatch.setattr(scenes, "disturb", lambda rgb, rng: rgb)
+    monkeypatch.setattr(scenes, "Classifier", functools.partial(scenes.Classifier, 8))
+    scenes.train_classifier(tmp_path / "c.safetensors", count=16, epochs=60, batch_size=16)
+    net = scenes.load_classifier(tmp_path / "c.safetensors")
+    pictures, captions, labels = scenes.scenes_of_one_thing(0, 16)
+    assert min(scenes.shares_right(net, pictures / 255, labels).values()) == 1.0
+    assert [scenes.labels_of(caption) for caption in captions] == labels.tolist()

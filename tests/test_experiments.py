@@ -1,4 +1,4 @@
-"""experiments/claims.py, expected.py, features.py and figures.py: what they measure and show, on a few painted pictures."""
+"""experiments/claims.py, expected.py, features.py and figures.py: what they measure and show, on painted faces."""
 
 import csv
 import dataclasses

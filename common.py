@@ -130,7 +130,7 @@ def flow_point(start, end, t):
 def integrate(step, x, times, callback):
     """x <- step(x, t, t_next) along `times`. callback(x, t), if given, gets all states, the first and last included."""
     callback = callback or (lambda x, t: None)
-    for t, t_next in itertools.pairwise(times):
+    for t, t_next in progress(itertools.pairwise(times), "steps"):
         callback(x, t)
         x = step(x, t, t_next)
     callback(x, times[-1])
@@ -577,6 +577,12 @@ def printable(text):
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
+def progress(items, what):
+    """The items, one after the other; in a loop of more than a second, with a bar that tells the time left."""
+    items = list(items)
+    return tqdm(items, what, leave=False, delay=1, disable=len(items) == 1)
+
+
 def option(default, help, choices=None, low=-math.inf, high=math.inf, flag=None, positional=False, picture=False):
     """A dataclass field that is also a command-line option. choices, low, high: the values allowed. flag: its name if
     not the field's. positional: the words that follow the subcommand. picture: it names a picture file to write."""
@@ -998,6 +1004,7 @@ def compile_blocks(config, device, blocks, dynamic=False):
         torch._dynamo.config.suppress_errors = True  # a compiler that does not work is no reason to stop
         torch._functorch.config.force_non_lazy_backward_lowering = True
     if wanted:
+        print("compiling: the first step takes half a minute or more")
         torch._dynamo.config.recompile_limit = 64  # blocks of one class share their code but not their sizes
         for block in blocks:
             block.compile(dynamic=dynamic)
@@ -1277,6 +1284,13 @@ def find_rows(data):
             raise UserError(f"--data {path}: {what}")
 
 
+def first_rows(data, count):
+    """The first `count` Rows of --data [all]. Those of folders, which hold no picture yet, are a list, whose length
+    tells a bar the time left."""
+    rows = itertools.islice(find_rows(data), count)
+    return list(rows) if all(map(os.path.isdir, data)) else rows
+
+
 def decode_rows(rows, size, skipped):
     """(row, (size, size, 3) uint8) for each Row whose picture is readable; for others `skipped` gets a line. Threads
     decode, since Pillow works outside Python's lock; few of them, since a large picture takes half a gigabyte."""
@@ -1308,8 +1322,8 @@ def load_pictures(data, size, paint=None, count=10_000, first=None):
     if tuple(data) == ("drawn",):
         return paint_set(paint or paint_face, min(first or count, count), size)
     pictures, words, skipped, fields = [], [], [], set()
-    rows = itertools.islice(find_rows(data), first)
-    for row, picture in tqdm(decode_rows(rows, size, skipped), "reading", unit=" pictures", leave=False):
+    rows = tqdm(first_rows(data, first), "reading", unit=" pictures", leave=False)
+    for row, picture in decode_rows(rows, size, skipped):
         pictures.append(picture)
         words.append((row.name, row.caption, row.tags))
         fields.update(row.fields)
@@ -1398,7 +1412,7 @@ def write_shards(config, header, encode, extra=None):
     """Encode the pictures of config.data into files of config.out; after a kill the same call goes on with the first
     one missing. header: what all files have in common; encode(pictures (B, 3, S, S) in [-1, 1], rows) -> name -> tensor
     of B rows; extra: name -> tensor, in every file. Returns (number of pictures, skipped lines). Raises UserError."""
-    rows = itertools.islice(find_rows(config.data), config.num_samples)
+    rows = first_rows(config.data, config.num_samples)
     rows, done, skipped = iter(tqdm(rows, "encoding", unit=" pictures")), 0, []
     for number in itertools.count():
         part = list(itertools.islice(rows, config.shard_size))

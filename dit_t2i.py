@@ -407,7 +407,7 @@ def sample_latents(
         times = [1 - (1 - least) * i / (steps - 1) for i in range(steps)] + [0.0]
     jobs = [(row, seed + seed_stride * row + i) for row in range(len(text)) for i in range(num)]
     text, null, samples = text.to(device), null.to(device), []
-    for first in range(0, len(jobs), batch_size):
+    for first in common.progress(range(0, len(jobs), batch_size), "batches"):
         rows, seeds = zip(*jobs[first : first + batch_size])
         noise = common.noise_for(seeds, latent, device)
         with autocast(device, precision):
@@ -439,7 +439,7 @@ def sample(model, config, prompts, num=1, *, size=None, encoder=None, vae=None, 
         raise UserError(f"--size {size} is no multiple of {step}")
     shape, cfg = (channels, size // stride, size // stride), config.cfg if cfg is None else cfg
     z = sample_latents(model, encoder(prompts), encoder([negative]), shape, num, cfg=cfg, **settings)
-    return torch.cat([to_rgb(vae, part).cpu() for part in z.split(16)])
+    return torch.cat([to_rgb(vae, part).cpu() for part in common.progress(z.split(16), "decoding")])
 
 
 # ----------------------------------------------------------------------------------------------------------------

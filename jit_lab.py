@@ -371,7 +371,7 @@ def sample(model, config, num=16, steps=50, seed=0, *, callback=None, **options)
             )
         times, solver = few_times(steps), common.flow_euler
         options.label = FEW_STEPS.index(steps)
-    for first in range(0, num, options.batch_size):
+    for first in common.progress(range(0, num, options.batch_size), "batches"):
         seeds = range(seed + first, seed + min(first + options.batch_size, num))
         noise = noise_scale(config, device) * common.noise_for(seeds, (3, config.image_size, config.image_size), device)
         x = solver(velocity, noise, times, callback if first == 0 else None)

@@ -521,7 +521,7 @@ def denoise(
     times = [round(last * (steps - i) / steps) for i in range(steps + 1)]
     clamp, callback = clamp or (lambda x, t: x), callback or (lambda x, part: None)
     x = clamp(x, last)
-    for t, t_next in itertools.pairwise(times):
+    for t, t_next in common.progress(itertools.pairwise(times), "steps"):
         callback(x, 1 - t / last)
         alpha_bar, alpha_bar_next = alpha_bars[t], alpha_bars[t_next]
         for repetition in range(resample_steps if t_next else 1):
@@ -566,7 +566,7 @@ def sample_latents(model, config, options, shape, clamp_for=None, resample_steps
             callback(model.vae.normalise(x, inverse=True), part)
 
     with autocast(device, common.pick_precision(options.precision, device)):
-        for rows in torch.arange(options.num).split(options.batch_size):
+        for rows in common.progress(torch.arange(options.num).split(options.batch_size), "batches"):
             seeds = [options.seed + i for i in rows.tolist()]
             noise, rngs = common.noise_for(seeds, shape, device), [generator(seed, 1) for seed in seeds]
 
@@ -718,7 +718,7 @@ def photo_crops(count, size):
     """(count, 3, size, size) uint8: random squares of PHOTOGRAPHS, half of them mirrored, of sides from `size` to the
     whole picture. The photograph `astronaut` is not among them, so that VAEs can be measured on it."""
     rng, photos, crops = np.random.default_rng(0), photographs(PHOTOGRAPHS), []
-    for i in range(count):
+    for i in common.progress(range(count), "cutting photographs"):
         photo = photos[i % len(photos)]
         side = min(int(size * (min(photo.shape[2:]) / size) ** rng.random()), *photo.shape[2:])
         top, left = (rng.integers(length - side + 1) for length in photo.shape[2:])
@@ -760,7 +760,8 @@ def random_known(rng, height, width, probability):
 
 def encode_all(vae, pictures):
     """Normalised latents (N, C, h, w) on the CPU of pictures (N, 3, S, S) uint8."""
-    return torch.cat([vae.normalise(encode(vae, to_signed(part))).cpu() for part in pictures.split(32)])
+    parts = common.progress(pictures.split(32), "encoding")
+    return torch.cat([vae.normalise(encode(vae, to_signed(part))).cpu() for part in parts])
 
 
 def blocks(model):
@@ -980,7 +981,8 @@ def psnr_and_ssim(vae, pictures):
     pictures (N, 3, H, W) uint8."""
     from skimage import metrics
 
-    pairs = [pair for part in pictures.split(32) for pair in zip(*map(torch.Tensor.numpy, reconstruct(vae, part)))]
+    parts = common.progress(pictures.split(32), "measuring")
+    pairs = [pair for part in parts for pair in zip(*map(torch.Tensor.numpy, reconstruct(vae, part)))]
     psnr = [metrics.peak_signal_noise_ratio(a, b, data_range=1) for a, b in pairs]
     ssim = [metrics.structural_similarity(a, b, channel_axis=0, data_range=1) for a, b in pairs]
     return float(np.mean(psnr)), float(np.mean(ssim))

@@ -180,7 +180,7 @@ def ddpm_sample(config, network, x, steps, noise_fn, solver="ddim", eta=0.0, dat
     With linear betas x_999 = 0.006 data + noise, so that the first predicted data can be far outside this range.
     """
     table = torch.cat((alpha_bars(config.betas), torch.ones(1)))  # table[-1] = 1: clean data
-    for t, t_next in itertools.pairwise([*timesteps(steps), -1]):
+    for t, t_next in common.progress(itertools.pairwise([*timesteps(steps), -1]), "steps"):
         if callback:
             callback(x, 1 - (t + 1) / TIMESTEPS)
         alpha_bar, alpha_bar_next = table[t], table[t_next]
@@ -202,7 +202,7 @@ def ddpm_sample(config, network, x, steps, noise_fn, solver="ddim", eta=0.0, dat
 def to_rgb(config, x, vae=None):
     """Maps as the network sees them -> RGB (B, 3, H, W) in [0, 1]."""
     decode = vae.decode if vae else functools.partial(F.pixel_shuffle, upscale_factor=config.fold)
-    return torch.cat([decode(part) / 2 + 0.5 for part in x.split(16)]).clamp(0, 1)
+    return torch.cat([decode(part) / 2 + 0.5 for part in common.progress(x.split(16), "decoding")]).clamp(0, 1)
 
 
 @torch.no_grad()
@@ -226,7 +226,7 @@ def sample(
     def network(x, t):
         return model(x, torch.full((len(x),), float(t), device=device))
 
-    for first in range(seed, seed + num, batch_size):
+    for first in common.progress(range(seed, seed + num, batch_size), "batches"):
         seeds = range(first, min(first + batch_size, seed + num))
         x, rngs = common.noise_for(seeds, (channels, size, size), device), [generator(s, 1) for s in seeds]
 
@@ -763,7 +763,8 @@ class Distances:
     @torch.no_grad()
     def features(self, rgb):
         networks = {"rgb": lambda part: part} | self.networks
-        return {name: torch.cat([f(part).cpu() for part in rgb.float().split(32)]) for name, f in networks.items()}
+        parts = rgb.float().split(32)
+        return {name: torch.cat([f(x).cpu() for x in common.progress(parts, name)]) for name, f in networks.items()}
 
     def __call__(self, rgb):
         made = self.features(rgb[: self.num])
@@ -913,7 +914,7 @@ def train_three(config):
 def curve_of_training(run, distances):
     """[(training step, distance)] of the weights that were kept during training. The model keeps the last of them."""
     curve = []
-    for path in sorted(run.folder.glob("marks/step_*.safetensors")):
+    for path in common.progress(sorted(run.folder.glob("marks/step_*.safetensors")), "measuring"):
         load_into(run.model, load_tensors(path)[0], path)
         found = distances(run.sample(distances.num, MARK_STEPS))
         curve.append((int(path.stem.removeprefix("step_")), found["distance"]))
@@ -943,7 +944,7 @@ def compare(config):
     floor = distances.floor
     curves = {key: {name: [] for name in runs} for key in floor}  # distance -> objective -> [(steps, value)]
     table, samples = [["objective", "seed", "sampling_steps", *floor, "floor"]], []
-    for steps, (name, run) in itertools.product(SAMPLING_STEPS, runs.items()):
+    for steps, (name, run) in common.progress(itertools.product(SAMPLING_STEPS, runs.items()), "measuring"):
         rgb = run.sample(distances.num, steps)
         found = distances(rgb)
         for key, value in found.items():

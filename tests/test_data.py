@@ -21,6 +21,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import webdataset
+from conftest import TINY
 from PIL import Image, ImageCms, ImageSequence
 from safetensors.torch import load_file, save_file
 
@@ -420,3 +421,16 @@ def test_charts_with_the_same_axes_put_a_point_in_the_same_place_and_what_is_exp
     assert places(blue, part, axes=whole) < places(blue, whole) and not places(blue, part) < places(blue, whole)
     assert places(blue, whole | {"expected": whole["loss"]}) and not places(grey, whole | {"expected": whole["loss"]})
     assert places(grey, whole | {"expected": [(0, 1.0), (20, 1.0)]})
+
+
+def test_bars_know_how_many_pictures_batches_and_steps_there_are(monkeypatch):
+    bars = []
+    monkeypatch.setattr(common, "tqdm", lambda items, what, **options: bars.append((what, len(items))) or items)
+    paint(*(f"pictures/{i}.png" for i in range(7)))
+    common.load_pictures(["pictures"], 16)
+    common.load_pictures(["pictures"], 16, first=6)
+    config = common.EncodeConfig(data=["pictures"], num_samples=5, out="shards", image_size=16)
+    common.write_shards(config, {}, lambda pictures, rows: {"x": pictures})
+    config = jit_lab.Config(**TINY)
+    jit_lab.sample(jit_lab.build_model(config).eval(), config, num=5, steps=4, batch_size=2)
+    assert bars == [("reading", 7), ("reading", 6), ("encoding", 5), ("batches", 3), *[("steps", 4)] * 3]

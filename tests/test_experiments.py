@@ -1,4 +1,4 @@
-"""experiments/: claims.py, expected.py, features.py and figures.py on a few painted pictures."""
+"""experiments/: claims.py, expected.py, features.py, figures.py and scenes.py, on a few painted pictures."""
 
 import csv
 import dataclasses

@@ -9,10 +9,11 @@ and step N - 1 is NOISE. One position of a latent map stands for a tile of 8 x 8
     python serpentine_vae.py leakage                           how far does one latent position reach into the picture?
 
 What to expect of the demo preset (two cores of an AMD EPYC with AVX512-BF16, 10,000 pictures of faces): a VAE of 34 dB
-after six minutes. Then the denoiser's loss starts at 1.0, because its last layer starts at zero and the noise that it
-should predict has a mean square of 1. After 80,000 latents it is near 0.09 and, in eight bins of t from clean to noise,
-0.40, 0.14, 0.08, 0.04, 0.02, 0.008, 0.004, 0.003: the less noise there is, the harder it is to tell from the picture.
-Samples are then faces with clean lines, most with blotches of colour, of which fewer are left after the 256,000 latents
+after six minutes. Then a denoiser that predicts v (--predict v): its loss starts at 1.0, the mean square of v, because
+its last layer starts at zero. After 80,000 latents it is near 0.38 and, in eight bins of t from clean to noise, 0.49,
+0.23, 0.19, 0.25, 0.37, 0.45, 0.52, 0.51: at a small t the noise cannot be told from the latent, at a large t the latent
+not from the noise. (Of --predict eps, the write-up's, the last bins fall to 0.003, though nothing more is known there.)
+Samples are then faces with clean lines, most with blotches of colour, of which fewer are left after the 192,000 latents
 of the shipped weights. Their VAE has seen photographs, too (36 dB for new faces, 26 dB for a new photograph).
 
     symbol      here                shape                   meaning
@@ -22,7 +23,7 @@ of the shipped weights. Their VAE has seen photographs, too (36 dB for new faces
     beta_t      linear_betas        (N - 1,)                part of the variance that step t replaces by noise
     abar_t      alpha_bars[t]       (N,)                    product of 1 - beta up to t; abar_0 = 1
     z_t         x_t; x in denoise   (B, C, h, w)            sqrt(abar_t) z_0 + sqrt(1 - abar_t) noise
-    eps         eps                 (B, C, h, w)            the noise that the denoiser predicts in z_t
+    eps         eps                 (B, C, h, w)            the noise in z_t, predicted or computed from v
     v, a, s     value, forget, h    (B, h w, D)             scan: s_i = a_i s_(i-1) + (1 - a_i) v_i, i along a path
     m           keep                (H, W)                  mask in pixels: 1 = keep
 

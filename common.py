@@ -22,6 +22,7 @@ import json
 import math
 import multiprocessing
 import os
+import queue
 import random
 import re
 import shutil
@@ -1924,6 +1925,111 @@ def export(system):
         print(f"{config.out}: {Path(config.out).stat().st_size / 1e6:.1f} MB")
 
     return command, ExportConfig, None, "write a run's weights in half the bytes, e.g. export --out small.safetensors"
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Pages: a system in the browser, by the optional package gradio
+
+
+@dataclasses.dataclass
+class DemoConfig(LoadConfig):
+    """The options of a subcommand that opens a page."""
+
+    port: int | None = option(None, "port on 127.0.0.1 (default: the first free one from 7860)", low=1, high=65535)
+
+
+def stream(run):
+    """Yield (x, t) for each state that run(callback=...) gives its callback, while it runs in a thread of its own."""
+    states = queue.SimpleQueue()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        done = pool.submit(run, callback=lambda *state: states.put(state))
+        done.add_done_callback(lambda _: states.put(None))
+        yield from iter(states.get, None)
+        done.result()  # raises what run() raised
+
+
+def flow_frames(run, end, to_rgb, notes=()):
+    """What a tab of open_page() shows of a run of rectified flow with the data at t = end: x_t, the data to which its
+    step leads if it is continued (of an Euler step, what the network predicts), and a caption that ends with notes."""
+    for i, ((x, t), (x_next, t_next)) in enumerate(itertools.pairwise(stream(run))):
+        x_hat = x + (end - t) / (t_next - t) * (x_next - x)
+        yield to_rgb(x), to_rgb(x_hat), "; ".join([f"step {i}, t = {t:.2f}", *notes])
+    yield to_rgb(x_next), to_rgb(x_next), "; ".join([f"step {i + 1}, t = {t_next:.2f}", *notes])
+
+
+def add_input(gr, label, value):
+    """gradio's component for one of a tab's inputs."""
+    if isinstance(value, tuple):
+        return gr.Slider(*value, step=1 if isinstance(value[2], int) else 0.5, label=label, buttons=[])
+    if isinstance(value, list):
+        return gr.Radio(value, value=value[0], label=label)
+    if isinstance(value, str):
+        return gr.Textbox(value, label=label)
+    brush = gr.Brush(default_size=40, colors=["#e0262b"], color_mode="fixed")
+    tools = dict(type="pil", brush=brush, layers=False, transforms=(), sources=("upload",), buttons=[], height=480)
+    return gr.ImageEditor(value, label=label, canvas_size=value["background"].size, **tools)
+
+
+def add_tab(gr, name, panels, function, inputs, examples=(), start=False):
+    """Inputs and a button; beside them the panels, a caption, and a slider over all frames. start: show frames of the
+    initial values from the beginning."""
+
+    def frames(*values):
+        for *rgbs, caption in function(**dict(zip(inputs, values))):
+            grids = map(make_grid, rgbs)  # a browser would show them small, as they are
+            yield *(ImageOps.scale(grid, max(1, 480 // grid.width)) for grid in grids), caption
+
+    def run(*values):
+        made = []
+        try:
+            for frame in frames(*values):
+                made.append(frame)
+                yield *frame, made, gr.update(value=len(made) - 1, maximum=max(1, len(made) - 1))
+        except UserError as problem:
+            yield *[gr.skip()] * len(panels), f"error: {printable(problem)}", gr.skip(), gr.skip()
+
+    with gr.Row():
+        with gr.Column(scale=2):
+            components = [add_input(gr, key.replace("_", " "), value) for key, value in inputs.items()]
+            button = gr.Button(name, variant="primary")
+            if examples:
+                gr.Examples([[example] for example in examples], components[0], label="examples")
+        values = (v if isinstance(v, dict) else component.value for v, component in zip(inputs.values(), components))
+        made = list(frames(*values)) if start else [[None] * len(panels) + [""]]
+        with gr.Column(scale=3):
+            with gr.Row():
+                settings = dict(format="png", interactive=False, buttons=["fullscreen"])
+                shown = [gr.Image(picture, label=label, **settings) for picture, label in zip(made[-1], panels)]
+            shown.append(gr.Textbox(made[-1][-1], show_label=False))
+            last, kept = len(made) - 1, gr.State(made)
+            slider = gr.Slider(0, max(1, last), last, step=1, label="frame", buttons=[], interactive=True)
+    button.click(run, components, [*shown, kept, slider], show_progress="hidden")
+    slider.input(lambda made, i: made[min(i, len(made) - 1)], [kept, slider], shown, show_progress="hidden")
+
+
+def open_page(options, title, about, *tabs):
+    """Serve a page on 127.0.0.1 until Ctrl-C: no tunnel, no reports, nothing fetched from elsewhere. Raises UserError.
+
+    about: Markdown. A tab is (name, panels, function, inputs[, examples of the first input]). function(**values of the
+    inputs) yields, while it computes, RGB (B, 3, H, W) in [0, 1] for each of `panels` and a caption. inputs: name ->
+    initial value: a text, a list of choices, (lowest, highest, initial), or a picture to paint on as gradio's
+    ImageEditor takes it. The first tab is shown with the frames of its initial values.
+    """
+    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False")
+    try:
+        import gradio as gr
+    except ImportError:
+        raise UserError("the page needs gradio: pip install gradio") from None
+    with gr.Blocks(title=title) as page:
+        gr.Markdown(f"# {title}\n{about}")
+        for tab in tabs:
+            with gr.Tab(tab[0]) if tabs[1:] else contextlib.nullcontext():
+                add_tab(gr, *tab, start=tab is tabs[0])
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    settings = dict(share=False, quiet=True, footer_links=[], prevent_thread_lock=True, theme=theme)
+    url = page.launch(server_name="127.0.0.1", server_port=options.port, **settings)[1]
+    print(f"open {url} (Ctrl-C ends it)", flush=True)
+    page.block_thread()
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -1259,6 +1259,17 @@ def load_model(path, device="cpu"):
     return model.to(device).eval().requires_grad_(False), config
 
 
+def load_for_prompts(options, precision):
+    """(DiT, Config, {"precision", "encoder", "vae"} for sample()) that the options name. Raises UserError."""
+    device = common.pick_device(options.device)
+    model, config = load_model(common.find_weights(options.weights, "dit_t2i"), device)
+    parts = {"precision": common.pick_precision(precision, device), "vae": None}
+    parts["encoder"] = load_text_encoder(model, options.clip or config.clip, device)
+    if model.header["latent"][0] != 3:
+        parts["vae"] = common.load_matching_vae(options.vae or config.vae, model.header).to(device)
+    return model, config, parts
+
+
 @dataclasses.dataclass
 class SampleConfig(common.SampleConfig):
     """The options of `sample`."""
@@ -1285,21 +1296,39 @@ def sample_command(options):
             prompts += filter(str.strip, Path(options.prompts).read_text("utf-8-sig").splitlines())
     if not prompts or not all(map(str.strip, prompts)):
         raise UserError('no prompt; give one, e.g. sample "a red car"')
-    device = common.pick_device(options.device)
-    precision = common.pick_precision(options.precision, device)
-    model, config = load_model(common.find_weights(options.weights, "dit_t2i"), device)
-    encoder, vae = load_text_encoder(model, options.clip or config.clip, device), None
-    for line in itertools.chain.from_iterable(map(encoder.warnings, [*prompts, options.negative])):
+    model, config, parts = load_for_prompts(options, options.precision)
+    for line in itertools.chain.from_iterable(map(parts["encoder"].warnings, [*prompts, options.negative])):
         print(f"warning: {line}", file=sys.stderr)
-    if model.header["latent"][0] != 3:
-        vae = common.load_matching_vae(options.vae or config.vae, model.header).to(device)
-    frames, callback = common.record_frames(lambda z: common.make_grid(to_rgb(vae, z[:16])), options.gif)
+    frames, callback = common.record_frames(lambda z: common.make_grid(to_rgb(parts["vae"], z[:16])), options.gif)
     names = "num size negative cfg steps seed solver batch_size".split()
-    settings = {name: getattr(options, name) for name in names}
-    settings |= {"precision": precision, "encoder": encoder, "vae": vae, "callback": lambda z, t: callback(z, 1 - t)}
+    settings = {name: getattr(options, name) for name in names} | parts | {"callback": lambda z, t: callback(z, 1 - t)}
     rgb = sample(model, config, prompts, **settings)
     names = [f"{row:03d}_{options.seed + i:06d}" for row in range(len(prompts)) for i in range(options.num)]
     common.write_samples(rgb, names, options, frames, options.num if len(prompts) > 1 else None)
+
+
+@dataclasses.dataclass
+class DemoConfig(common.DemoConfig):
+    clip: str = option("", "folder of CLIP (default: the one of the training run)")
+    vae: str = option("", "autoencoder (default: the one of the training run)")
+
+
+def demo(options):
+    """A page: a prompt becomes a picture, step by step."""
+    model, config, parts = load_for_prompts(options, "auto")
+
+    def show(prompt, guidance, **settings):
+        run = functools.partial(sample, model, config, [prompt], cfg=guidance, **settings, **parts)
+        notes = parts["encoder"].warnings(prompt)
+        return common.flow_frames(run, 0.0, functools.partial(to_rgb, parts["vae"]), notes)
+
+    words = sorted(model.header["text"].get("words", ()))
+    prompts = (Path(__file__).parent / "assets" / "prompts.txt").read_text().splitlines()
+    prompts = [prompt for prompt in prompts if not words or set(Words.split(prompt)) <= set(words)] or words[:8]
+    inputs = {"prompt": prompts[0], "steps": (1, 50, 28), "guidance": (0.0, 10.0, config.cfg), "seed": (0, 999, 0)}
+    tab = "Sample", ("z_t", "predicted picture"), show, inputs | {"solver": list(common.SOLVERS)}, prompts
+    about = f"<details><summary>The {len(words)} words that are known</summary>{', '.join(words)}</details>"
+    common.open_page(options, "Text to image", about if words else "", tab)
 
 
 @dataclasses.dataclass
@@ -1335,6 +1364,7 @@ SUBCOMMANDS = {
     "train": (train, Config, PRESETS, "train, e.g. train --data DIR"),
     "sample": (sample_command, SampleConfig, None, 'sample pictures, e.g. sample "a red car" --num 4'),
     "prepare": (prepare_command, PrepareConfig, None, "encode pictures: --data DIR --out SHARDS --vae VAE --clip CLIP"),
+    "demo": (demo, DemoConfig, None, "a page in the browser: prompts become pictures, step by step"),
     "export": common.export("dit_t2i"),
 }
 

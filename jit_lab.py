@@ -38,6 +38,7 @@ details.
 import copy
 import csv
 import dataclasses
+import functools
 import io
 import math
 import sys
@@ -341,9 +342,9 @@ class SampleConfig(common.SampleConfig):
 
 
 @torch.no_grad()
-def sample(model, config, num=16, steps=50, seed=0, *, callback=None, **options):
-    """num pictures, RGB in [0, 1], (num, 3, S, S) (Part 6). Picture i depends on seed + i only. options: the other
-    fields of SampleConfig. callback(x_t, t) is called with the states of the first batch."""
+def sample(model, config, num=16, steps=50, seed=0, *, noise=None, callback=None, **options):
+    """num pictures, RGB in [0, 1], (num, 3, S, S) (Part 6). Picture i depends on seed + i only, or on noise[i] if
+    `noise` is given. options: the other fields of SampleConfig. callback(x_t, t) gets the states of the first batch."""
     options, device = SampleConfig(num=num, steps=steps, seed=seed, **options), next(model.parameters()).device
     precision = common.pick_precision(options.precision, device)
 
@@ -371,10 +372,11 @@ def sample(model, config, num=16, steps=50, seed=0, *, callback=None, **options)
             )
         times, solver = few_times(steps), common.flow_euler
         options.label = FEW_STEPS.index(steps)
+    if noise is None:
+        noise = common.noise_for(range(seed, seed + num), (3, config.image_size, config.image_size), "cpu")
     for first in common.progress(range(0, num, options.batch_size), "batches"):
-        seeds = range(seed + first, seed + min(first + options.batch_size, num))
-        noise = noise_scale(config, device) * common.noise_for(seeds, (3, config.image_size, config.image_size), device)
-        x = solver(velocity, noise, times, callback if first == 0 else None)
+        start = noise_scale(config, device) * noise[first : first + options.batch_size].to(device)
+        x = solver(velocity, start, times, callback if first == 0 else None)
         pictures.append(to_rgb(config, x))
     return torch.cat(pictures)
 
@@ -718,6 +720,17 @@ def nearest(metric, queries, pictures, skip_self=False, batch_size=250):
     return distances.min(dim=1)
 
 
+def training_pictures(options, config):
+    """common.Pictures of --data or, without it, of the run's. Raises UserError."""
+    paths = options.data or config.data
+    if not paths or (paths != ("drawn",) and not all(Path(path).exists() for path in paths)):
+        named = " ".join(paths) or "this checkpoint names none"
+        raise UserError(f"the training pictures ({named}) are not here; name them with --data")
+    data = common.load_pictures(paths, config.image_size, first=config.num_samples if paths == config.data else None)
+    common.tell_skipped(data.skipped)
+    return data
+
+
 @dataclasses.dataclass
 class NoveltyConfig(common.LoadConfig):
     """The options of `novelty`."""
@@ -740,12 +753,7 @@ def novelty(options):
     if options.alexnet:
         name, metric = "LPIPS", common.Lpips.load(options.alexnet, options.lpips).to(device)
     model, config = load_model(common.find_weights(options.weights, "jit_lab"), device)
-    paths = options.data or config.data
-    if not paths or (paths != ("drawn",) and not all(Path(path).exists() for path in paths)):
-        named = " ".join(paths) or "this checkpoint names none"
-        raise UserError(f"the training pictures ({named}) are not here; name them with --data")
-    data = common.load_pictures(paths, config.image_size, first=config.num_samples if paths == config.data else None)
-    common.tell_skipped(data.skipped)
+    data = training_pictures(options, config)
     rgb = sample(model, config, options.num, options.steps, options.seed)
     distances, index = nearest(metric, rgb, data.pictures)
     # For comparison: how near are training pictures to each other? A copy is much nearer.
@@ -774,6 +782,43 @@ def pair_sheet(rgb, neighbours, distances):
     return common.make_grid(common.picture_tensor(tiles) / 255)
 
 
+@dataclasses.dataclass
+class DemoConfig(common.DemoConfig):
+    data: tuple[str, ...] = option((), "the training pictures (default: what the checkpoint names)")
+
+
+def demo(options):
+    """A page: samples, few steps beside fifty, the way from one face to another, the nearest training pictures."""
+    model, config = load_model(common.find_weights(options.weights, "jit_lab"), common.pick_device(options.device))
+
+    def show(num=9, **settings):
+        run = functools.partial(sample, model, config, num, **settings)
+        return common.flow_frames(run, 1.0, functools.partial(to_rgb, config))
+
+    def compare(steps, **settings):
+        few = sample(model, config, 4, steps, **settings)
+        return ((few, rgb, line) for _, rgb, line in show(num=4, steps=50, **settings))
+
+    def morph(seed, other_seed, steps):
+        a, b = common.noise_for((seed, other_seed), (1, 3, config.image_size, config.image_size), "cpu")
+        for angle in range(0, 91, 6):  # spherical interpolation (Shoemake 1985), as independent noises are orthogonal
+            noise = math.cos(math.radians(angle)) * a + math.sin(math.radians(angle)) * b
+            yield sample(model, config, 1, steps, noise=noise), f"{angle} of 90 degrees"
+
+    def neighbours(seed, steps):
+        pictures, rgb = training_pictures(options, config).pictures, sample(model, config, 9, steps, seed)
+        distances, index = nearest(pixel_features, rgb, pictures)
+        yield rgb, pictures[index] / 255, f"mean squared difference of pixels: {distances.median():.4f} (median)"
+
+    steps, solver = (1, 50, 4 if model.distilled else 20), {"solver": list(common.SOLVERS)}
+    inputs = {"seed": (0, 999, 0), "steps": steps}
+    tabs = [("Sample", ("x_t", "predicted pictures"), show, inputs | solver)]
+    tabs += [("Few steps beside fifty", ("few", "fifty"), compare, inputs | {"steps": (1, 50, 5)} | solver)]
+    tabs += [("Morph", ("picture",), morph, {"seed": (0, 999, 0), "other_seed": (0, 999, 1), "steps": steps})]
+    tabs += [("Find nearest training pictures", ("samples", "training pictures"), neighbours, inputs)]
+    common.open_page(options, "JiT", "Rectified flow in pixel space, from noise at t = 0 to pictures at t = 1.", *tabs)
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Command line
 
@@ -782,6 +827,7 @@ SUBCOMMANDS = {
     "sample": (sample_command, SampleConfig, None, "sample pictures, e.g. python jit_lab.py sample --num 16"),
     "novelty": (novelty, NoveltyConfig, None, "pair samples with training pictures, e.g. novelty --num 8"),
     "distill": (distill, DistillConfig, None, "weights that need 1, 2 or 4 steps, e.g. distill, then sample --steps 4"),
+    "demo": (demo, DemoConfig, None, "a page in the browser: samples step by step, few steps, morphs, novelty"),
     "export": common.export("jit_lab"),
 }
 

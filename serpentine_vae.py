@@ -52,7 +52,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageOps
 
 STRIDE = 8  # pixels per side of the tile that a latent position stands for
 
@@ -1117,6 +1117,36 @@ def schedule_command(options):
     print(f"{options.out}: a picture at t = {', '.join(map(str, times))}")
 
 
+def demo(options):
+    """A page: paint on a picture what is to be made anew, or kept."""
+    model, config = load_model(options.weights, common.pick_device(options.device))
+    size = config.image_size, config.image_size
+
+    def to_paint_on(rgb, *layers):
+        shown = make_grid(rgb[None]).resize((480, 480), Image.Resampling.BICUBIC)
+        return {"background": shown, "layers": layers, "composite": shown}
+
+    def change(picture, what_is_painted, **settings):
+        if picture["background"] is None:
+            raise UserError("no picture; upload one, or choose an example")
+        x = to_signed(common.picture_tensor([np.array(ImageOps.fit(picture["background"].convert("RGB"), size))]))
+        layers = [np.array(ImageOps.fit(layer.getchannel("A"), size)) for layer in picture["layers"]]  # 0: transparent
+        paint = np.maximum.reduce([np.zeros(size), *layers]) > 0
+        keep = torch.from_numpy(paint == (what_is_painted == "is kept")).float()
+        run = functools.partial(inpaint, model, config, x, keep, num=1, **settings)
+        for i, (latent, _) in enumerate(common.stream(run)):
+            yield blend(x / 2 + 0.5, decode(model.vae, latent), keep), f"step {i}"
+
+    faces = torch.cat((sample(model, config, num=3, steps=20, seed=18), new_faces(3, size[0]) / 2 + 0.5))
+    layer = Image.new("RGBA", (480, 480))
+    ImageDraw.Draw(layer).ellipse((60, 40, 420, 220), "#e0262b")
+    inputs = {"picture": to_paint_on(faces[0], layer), "what_is_painted": ["is made anew", "is kept"]}
+    inputs |= {"steps": (1, 50, 12), "seed": (0, 999, 0)}
+    about = "Paint with the mouse. The examples are three samples of these weights and three painted faces."
+    tab = "Inpaint", ("result",), change, inputs, list(map(to_paint_on, faces))
+    common.open_page(options, "Inpainting", about, tab)
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Command line
 
@@ -1129,6 +1159,7 @@ SUBCOMMANDS = {
     "leakage": (leakage_command, LeakageConfig, None, "how far a change of one latent position reaches"),
     "seams": (seams_command, SeamsConfig, None, "how visible the borders of inpainting are, with both clamps"),
     "schedule": (schedule_command, ScheduleConfig, None, "the picture of the noise schedule"),
+    "demo": (demo, common.DemoConfig, None, "a page in the browser: paint on a picture what is made anew"),
     "export": common.export("serpentine_vae"),
 }
 

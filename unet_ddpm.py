@@ -925,7 +925,7 @@ def load_runs(folders, config):
     """name of the objective -> Trained, of finished run folders. The folder is added to a name that comes twice. Raises
     UserError unless all were trained on the same pictures."""
     runs = {}
-    for run in (Trained(Path(folder) / "model.safetensors", config) for folder in folders):
+    for run in (Trained(common.find_weights(folder, "unet_ddpm"), config) for folder in folders):
         name = "ddpm-v" if (run.config.objective, run.config.predict) == ("ddpm", "v") else run.config.objective
         runs[f"{name} {run.folder}" if name in runs else name] = run
         first = next(iter(runs.values()))
@@ -995,12 +995,39 @@ def write_page(out, runs, samples, charts, num):
     common.save_page(out / "index.html", "Flow matching against DDPM", body)
 
 
+@dataclasses.dataclass
+class DemoConfig(common.DemoConfig):
+    weights: tuple[str, ...] = option((), "runs or checkpoints to compare (default: your run, or the two in weights/)")
+    vae: str = option("", "autoencoder that the weights were trained with")
+
+
+def demo(options):
+    """A page: samples of several runs, side by side from the same noise."""
+    shipped = [Path(__file__).parent / "weights" / f"{name}.safetensors" for name in ("unet_ddpm", "unet_ddpm_ddpm")]
+    own = Path("runs/unet_ddpm/model.safetensors")
+    paths = options.weights or ([own] if own.exists() else shipped)
+    runs = load_runs(paths, SolverConfig(vae=options.vae, device=options.device))
+
+    def compare(seed, steps):
+        ways = [common.stream(functools.partial(run.sample, 9, steps, seed=seed)) for run in runs.values()]
+        for i, states in enumerate(zip(*ways, strict=True)):
+            rgbs = (to_rgb(run.config, x, run.vae) for run, (x, _) in zip(runs.values(), states))
+            yield *rgbs, f"step {i} of {steps}"
+
+    about = "The same network, data, noise and number of steps."
+    if len(runs) == 1:
+        about = "One run. `python unet_ddpm.py compare` makes others; then name two or more with `demo --weights`."
+    inputs = {"seed": (0, 999, 0), "steps": (1, 50, 10)}
+    common.open_page(options, "Flow matching and DDPM", about, ("Sample", list(runs), compare, inputs))
+
+
 SUBCOMMANDS = {
     "train": (train, Config, PRESETS, "train, e.g. python unet_ddpm.py train --objective ddpm"),
     "sample": (sample_command, SampleConfig, None, "sample pictures, e.g. python unet_ddpm.py sample --steps 20"),
     "evaluate": (evaluate, EvaluateConfig, None, "distance of samples from the training set"),
     "compare": (compare, CompareConfig, PRESETS, "three objectives side by side, e.g. compare --minutes 10"),
     "encode": (encode, common.EncodeConfig, None, "a folder's latents, e.g. encode --data DIR --vae FILE --out SHARDS"),
+    "demo": (demo, DemoConfig, None, "a page in the browser: flow matching and DDPM side by side"),
     "export": common.export("unet_ddpm"),
 }
 

@@ -1652,11 +1652,11 @@ def read_log(folder):
 
 
 def expected_run(system, config):
-    """The run in assets/expected.json with the settings of this config, {"run": what it was, "settings", "curve":
-    [[pictures, loss], ...]}, or None. `settings` are the options that decide what the loss measures."""
+    """The run in assets/expected.json with the settings of this config, {"run": what it was, "settings", "neutral",
+    "curve": [[pictures, loss], ...]}, or None. neutral: options that do not decide what the loss measures."""
     own = json.loads(json.dumps(vars(config))) | {"system": system}
     runs = json.loads((Path(__file__).parent / "assets" / "expected.json").read_text("utf-8"))
-    return next((run for run in runs if run["settings"].items() <= own.items()), None)
+    return next((r for r in runs if r["settings"] == {k: v for k, v in own.items() if k not in r["neutral"]}), None)
 
 
 class Run:

@@ -39,7 +39,8 @@ def entry(folder):
     settings = {name: value for name, value in vars(config).items() if name not in neutral}
     data = "painted pictures" if config.data == ("drawn",) else Path(config.data[0]).name
     what = f"{header['step']:,} steps of {config.batch_size} on {data}"
-    return {"run": what, "settings": {"system": system} | settings, "curve": thin(common.read_log(Path(folder)))}
+    settings["system"] = system
+    return {"run": what, "settings": settings, "neutral": sorted(neutral), "curve": thin(common.read_log(Path(folder)))}
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
-"""experiments/: claims.py, expected.py, features.py, figures.py and scenes.py, on a few painted pictures."""
+"""experiments/: claims.py, features.py, figures.py and scenes.py, on a few painted pictures."""
 
 import csv
 import dataclasses
 import functools
-import importlib
-import json
 import sys
 
 import common
@@ -18,7 +16,6 @@ from PIL import Image
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import claims
-import expected
 import features
 import figures
 import scenes
@@ -159,32 +156,6 @@ def test_figures_show_pictures_without_their_colours_and_the_places_of_crops(tmp
     picture = np.array(Image.open("corruption.png"))[:160, :160].repeat(2, 0).repeat(2, 1)  # the same face
     inside = slice(3, 157)
     assert (sheet[:160, 330:490][inside, inside] == picture[top : top + 160, left : left + 160][inside, inside]).all()
-
-
-EXPECTED = json.loads((ROOT / "assets" / "expected.json").read_text())
-
-
-@pytest.mark.parametrize("run", EXPECTED, ids=lambda run: run["settings"]["system"])
-def test_demo_runs_and_no_others_know_what_loss_to_expect(run):
-    module = importlib.import_module(run["settings"]["system"])
-    given = {"objective": run["settings"].get("objective", "flow")} if module.__name__ == "unet_ddpm" else {}
-    config = common.make_config(module.Config, given | {"minutes": 3.0, "seed": 5}, module.PRESETS)
-    assert common.expected_run(module.__name__, config) == run
-    assert common.expected_run("toy", config) is None
-    others = [{"image_size": 16}, {"lr": 1e-5}, {"batch_size": 4}]
-    others += {"jit_lab": [{"color_fraction": 1.0}], "serpentine_vae": [{"known_prob": 0.0}]}.get(module.__name__, [])
-    others += {"dit_t2i": [{"start": "run"}, {"arch": "joint"}], "unet_ddpm": [{"vae": "v"}]}.get(module.__name__, [])
-    for other in others:
-        assert common.expected_run(module.__name__, dataclasses.replace(config, **other)) is None, other
-    pictures, losses = zip(*run["curve"])
-    assert 30 <= len(losses) <= 40 and list(pictures) == sorted(set(pictures)) and losses[0] > 3 * losses[-1] > 0
-
-
-def test_a_thinned_log_has_the_mean_loss_of_each_part():
-    rows = [{"images": f"{32 * i}", "loss": f"{32 * i}"} for i in range(1, 1001)]
-    curve = expected.thin(rows)
-    assert 38 < len(curve) <= 40 and all(y == pytest.approx(x, rel=1e-3) for x, y in curve)
-    assert curve[0][0] < 100 and curve[-1][0] == pytest.approx(32_000 * (1 + (39 / 40) ** 2) / 2, rel=0.01)
 
 
 # ---- scenes ----

@@ -3,7 +3,9 @@ the model file."""
 
 import contextlib
 import csv
+import dataclasses
 import gc
+import importlib
 import io
 import json
 import os
@@ -16,6 +18,7 @@ from html.parser import HTMLParser
 
 import common
 from common import UserError
+from experiments import expected
 
 import pytest
 import torch
@@ -356,10 +359,13 @@ def test_page_needs_no_other_file_and_no_script(train, all_marks):
 
 def test_page_shows_what_to_expect_of_a_run_with_the_same_settings(train, tmp_path, monkeypatch):
     charts, honest = {}, common.chart
-    expected = [{"run": "an earlier run", "settings": {"system": "toy", "width": 8}, "curve": [[8, 1], [400, 0.1]]}]
-    expected[0]["curve"] += [[401, 0.05]]
+    own = json.loads(json.dumps(vars(toy.Config(width=8)))) | {"system": "toy"}
+    neutral = ["out", "steps", "lr", "device", "precision", "minutes"]  # what the fixture sets
+    settings = {name: value for name, value in own.items() if name not in neutral}
+    curve = [[8, 1], [400, 0.1], [401, 0.05]]
+    runs = [{"run": "an earlier run", "settings": settings, "neutral": neutral, "curve": curve}]
     (tmp_path / "assets").mkdir()
-    common.save_text(tmp_path / "assets" / "expected.json", json.dumps(expected))
+    common.save_text(tmp_path / "assets" / "expected.json", json.dumps(runs))
     monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
     monkeypatch.setattr(
         common, "chart", lambda title, curves, **how: charts.update(curves) or honest(title, curves, **how)
@@ -370,6 +376,32 @@ def test_page_shows_what_to_expect_of_a_run_with_the_same_settings(train, tmp_pa
     assert charts["expected"] == [(8, 1), (400, 0.1)]  # as far as this run goes
     assert charts["this run"] == [(int(row["images"]), float(row["loss"])) for row in log_of("8")]
     assert charts["t 0.25 to 0.375"] == [(int(row["images"]), float(row["loss_bin_2"])) for row in log_of("8")]
+
+
+EXPECTED = json.loads((ROOT / "assets" / "expected.json").read_text())
+
+
+@pytest.mark.parametrize("run", EXPECTED, ids=lambda run: run["settings"]["system"])
+def test_demo_runs_and_no_others_know_what_loss_to_expect(run):
+    module = importlib.import_module(run["settings"]["system"])
+    given = {"objective": run["settings"].get("objective", "flow")} if module.__name__ == "unet_ddpm" else {}
+    config = common.make_config(module.Config, given | {"minutes": 3.0, "seed": 5}, module.PRESETS)
+    assert common.expected_run(module.__name__, config) == run
+    assert common.expected_run("toy", config) is None
+    others = [{"image_size": 16}, {"lr": 1e-5}, {"batch_size": 4}]
+    others += {"jit_lab": [{"color_fraction": 1.0}], "serpentine_vae": [{"predict": "eps"}]}.get(module.__name__, [])
+    others += {"dit_t2i": [{"start": "run"}, {"arch": "joint"}], "unet_ddpm": [{"vae": "v"}]}.get(module.__name__, [])
+    for other in others:
+        assert common.expected_run(module.__name__, dataclasses.replace(config, **other)) is None, other
+    pictures, losses = zip(*run["curve"])
+    assert 30 <= len(losses) <= 40 and list(pictures) == sorted(set(pictures)) and losses[0] > 3 * losses[-1] > 0
+
+
+def test_a_thinned_log_has_the_mean_loss_of_each_part():
+    rows = [{"images": f"{32 * i}", "loss": f"{32 * i}"} for i in range(1, 1001)]
+    curve = expected.thin(rows)
+    assert 38 < len(curve) <= 40 and all(y == pytest.approx(x, rel=1e-3) for x, y in curve)
+    assert curve[0][0] < 100 and curve[-1][0] == pytest.approx(32_000 * (1 + (39 / 40) ** 2) / 2, rel=0.01)
 
 
 def test_skipped_pictures_are_named_with_escapes_that_any_console_can_print(train, monkeypatch):

@@ -221,6 +221,17 @@ def ddim_step(x, eps, alpha_bar, alpha_bar_next, eta=0.0, noise=0):
     return alpha_bar_next**0.5 * data + (1 - alpha_bar_next - sigma**2) ** 0.5 * eps + sigma * noise
 
 
+def ddpm_v(data, noise, alpha_bar):
+    """v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) data, which a network may predict in place of the noise (Salimans
+    & Ho 2022, appendix D). alpha_bar: a number, or broadcastable to data and noise."""
+    return alpha_bar**0.5 * noise - (1 - alpha_bar) ** 0.5 * data
+
+
+def eps_from_v(v, x, alpha_bar):
+    """The noise in x_t, from v."""
+    return alpha_bar**0.5 * v + (1 - alpha_bar) ** 0.5 * x
+
+
 def clip_x0(x, eps, alpha_bar, data_max):
     """The predicted noise eps, changed so that the data it implies lie in [-data_max, data_max], as in Ho et al. 2020's
     code: near alpha_bar = 0 they are a small difference divided by sqrt(alpha_bar), and would leave it."""

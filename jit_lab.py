@@ -367,9 +367,8 @@ def sample(model, config, num=16, steps=50, seed=0, *, noise=None, callback=None
     pictures, times, solver = [], [i / steps for i in range(steps + 1)], common.SOLVERS[options.solver]
     if model.distilled:
         if steps not in FEW_STEPS:
-            raise UserError(
-                f"--steps {steps}: a distilled model takes {', '.join(map(str, FEW_STEPS))}; name one of them"
-            )
+            known = ", ".join(map(str, FEW_STEPS))
+            raise UserError(f"--steps {steps}: a distilled model takes {known}; name one of them")
         times, solver = few_times(steps), common.flow_euler
         options.label = FEW_STEPS.index(steps)
     if noise is None:
@@ -602,29 +601,36 @@ def distill(options):
     student = JiT(**sizes_of_weights(weights)).to(device)
     student.load_state_dict(weights)
     ema, muon_modules = copy.deepcopy(student), [part for block in student.blocks for part in (block.attn, block.mlp)]
-    optimizer, _ = common.make_optimizer(config, student, device, muon_modules)
+    optimizer, scaler = common.make_optimizer(config, student, device, muon_modules)
     scale, zero = noise_scale(config, device), torch.zeros(options.batch_size, dtype=torch.long, device=device)
 
     def velocity(x_t, t):
         return (predicted_data(config, teacher(x_t, t, zero), x_t, t) - x_t) / (1 - t)
 
+    @torch.no_grad()
+    def way(noise):
+        """The states at few_times(4) of the trained model's way from noise, which it takes in twice as many steps."""
+        states = []
+        common.flow_dpm(velocity, noise, few_times(2 * max(FEW_STEPS)), lambda x, t: states.append(x))
+        return states[::2]
+
     for step in (bar := tqdm(range(options.steps), "distilling")):
         set_lr(optimizer, options.lr * lr_factor(step / options.steps, step, 0.05, "linear"))
-        rng, states = BatchRng(options.batch_size, options.seed, step, 1, device=device), {}
-        noise = scale * rng.randn(3, config.image_size, config.image_size)
-        with torch.no_grad(), autocast(device, precision):  # the way of the trained model, in twice four steps
-            common.flow_dpm(velocity, noise, few_times(2 * max(FEW_STEPS)), lambda x, t, way=states: way.update({t: x}))
-        x_t, x_next, t, t_next, label = jumps(list(states.values())[::2])
+        rng = BatchRng(options.batch_size, options.seed, step, 1, device=device)
         with autocast(device, precision):
+            states = way(scale * rng.randn(3, config.image_size, config.image_size))
+            x_t, x_next, t, t_next, label = jumps(states)
             output = student(x_t, t, label)
         t, t_next = t.view(-1, 1, 1, 1), t_next.view(-1, 1, 1, 1)
         # The velocity of a step, (x_hat - x_t) / (1 - t), should lead from x_t to x_next.
         x_hat = predicted_data(config, output, x_t, t)
         error = ((x_hat - x_t) / (1 - t) - (x_next - x_t) / (t_next - t)) * (scale[0] / scale)
         loss = error.square().mean()
-        loss.backward()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
         update_ema(ema, student, step, 0.98)
         bar.set_postfix(loss=f"{loss.item():.4f}")
@@ -688,7 +694,7 @@ def sample_command(options):
     model, config = load_model(path, common.pick_device(options.device))
     if options.label >= model.num_classes:
         raise UserError(f"--label {options.label}: this checkpoint has the labels 0 to {model.num_classes - 1}")
-    if options.cfg != 1 and model.num_classes == 1:
+    if options.cfg != 1 and (model.num_classes == 1 or model.distilled):
         raise UserError("--cfg needs a checkpoint with several classes; this one has one, so leave it out")
     frames, callback = common.record_frames(lambda x: common.make_grid(to_rgb(config, x[:16])), options.gif)
     rgb = sample(model, config, callback=callback, **vars(options))

@@ -105,6 +105,8 @@ VAE_PRESETS = {
     "demo": dict(minutes=6.0, batch_size=8, lr=2e-3),
     "paper": PAPER | dict(steps=50_000, batch_size=16, lr=5e-4),
 }
+# Near t = N - 1, predicted noise gives the latent as a small difference divided by sqrt(abar_t) = 0.006, so that its
+# colours, and whether they fit to what inpainting keeps, depend on small errors. v gives it without a division.
 PRESETS = {
     "demo": dict(minutes=9.0, lr=1e-3, vae_minutes=6.0, predict="v", known_prob=0.5),
     "paper": PAPER
@@ -492,20 +494,6 @@ def add_noise(latent, noise, alpha_bar):
     return alpha_bar.sqrt() * latent + (1 - alpha_bar).sqrt() * noise
 
 
-def denoiser_target(config, latent, noise, alpha_bar):
-    """What the denoiser learns to predict, like latent (B, C, h, w): the noise or, with --predict v, the velocity
-    v = sqrt(abar_t) noise - sqrt(1 - abar_t) z_0 (Salimans & Ho 2022, section 4); alpha_bar (B,). At a large t the
-    latent follows from v without a division by sqrt(abar_t), which would make the colours of a picture, and whether
-    they fit to what is kept, depend on small errors of eps."""
-    alpha_bar = alpha_bar.view(-1, 1, 1, 1)
-    return noise if config.predict == "eps" else alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latent
-
-
-def predicted_noise(config, output, x_t, alpha_bar):
-    """eps from the denoiser's output at z_t, both (B, C, h, w); alpha_bar 0-d."""
-    return output if config.predict == "eps" else alpha_bar.sqrt() * output + (1 - alpha_bar).sqrt() * x_t
-
-
 def denoise(
     predict, x, alpha_bars, steps, solver="ddim", noise_fn=None, data_max=None, clamp=None, resample_steps=1,
     callback=None,
@@ -560,7 +548,7 @@ def sample_latents(model, config, options, shape, clamp_for=None, resample_steps
 
     def predict(x, t):
         output = model.denoiser(x, torch.full((len(x),), float(t), device=device), known)
-        return predicted_noise(config, output, x, alpha_bars[t])
+        return output if config.predict == "eps" else common.eps_from_v(output, x, alpha_bars[t])
 
     def show(x, part):
         if callback and not latents:
@@ -900,8 +888,8 @@ def train(config):
             with autocast(device, precision):
                 output = trained(x_t.to(device), t.to(device).float(), known.to(device))  # 4. predict noise or v
             # 5. (B,) loss (Ho et al. 2020, eq. 14): the mean over the positions that hold noise
-            target = denoiser_target(config, latent, noise, alpha_bars[t]).to(device)
-            error, noisy = (output - target).square().mean(dim=1), ~known[:, 0].to(device)
+            target = noise if config.predict == "eps" else common.ddpm_v(latent, noise, alpha_bars[t].view(-1, 1, 1, 1))
+            error, noisy = (output - target.to(device)).square().mean(dim=1), ~known[:, 0].to(device)
             loss = (error * noisy).sum(dim=(1, 2)) / noisy.sum(dim=(1, 2)).clamp(min=1)
             scaler.scale(loss.mean() / config.grad_accum).backward()  # 6. gradients
             run.add(loss, t / config.num_timesteps)

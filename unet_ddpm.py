@@ -146,9 +146,8 @@ def ddpm_pair(config, x, noise, u):
     alpha_bar = alpha_bars(config.betas).to(x.device)[timestep].view(-1, 1, 1, 1)
     # x_t = sqrt(alpha_bar_t) data + sqrt(1 - alpha_bar_t) noise
     x_t = alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise
-    # v = sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) data
-    v = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x
-    return x_t, noise if config.predict == "eps" else v, timestep.float(), timestep / TIMESTEPS
+    target = noise if config.predict == "eps" else common.ddpm_v(x, noise, alpha_bar)
+    return x_t, target, timestep.float(), timestep / TIMESTEPS
 
 
 PAIRS = {"flow": flow_pair, "ddpm": ddpm_pair}
@@ -185,8 +184,8 @@ def ddpm_sample(config, network, x, steps, noise_fn, solver="ddim", eta=0.0, dat
             callback(x, 1 - (t + 1) / TIMESTEPS)
         alpha_bar, alpha_bar_next = table[t], table[t_next]
         eps = network(x, t)
-        if config.predict == "v":  # eps = sqrt(alpha_bar) v + sqrt(1 - alpha_bar) x
-            eps = alpha_bar.sqrt() * eps + (1 - alpha_bar).sqrt() * x
+        if config.predict == "v":
+            eps = common.eps_from_v(eps, x, alpha_bar)
         if data_max is not None:
             eps = common.clip_x0(x, eps, alpha_bar, data_max)
         noise = noise_fn() if t_next >= 0 and (solver == "ancestral" or eta) else 0  # none in the last step

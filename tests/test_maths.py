@@ -121,6 +121,14 @@ def test_closed_form_equals_the_iterated_form():
         torch.testing.assert_close(torch.stack([factor, variance]), torch.stack([alpha_bar**0.5, 1 - alpha_bar]))
 
 
+@pytest.mark.parametrize("alpha_bar", [1.0, 0.5, 4e-5])
+def test_noise_and_data_follow_from_v(alpha_bar):
+    data, noise = torch.randn(3, 4, 5, 6), torch.randn(3, 4, 5, 6)
+    x_t, v = alpha_bar**0.5 * data + (1 - alpha_bar) ** 0.5 * noise, common.ddpm_v(data, noise, alpha_bar)
+    assert torch.allclose(common.eps_from_v(v, x_t, alpha_bar), noise, atol=1e-5)
+    assert torch.allclose(alpha_bar**0.5 * x_t - (1 - alpha_bar) ** 0.5 * v, data, atol=1e-5)
+
+
 @pytest.mark.parametrize("t, t_next", [(999, 998), (500, 499), (900, 300), (1, 0)])
 def test_ddpm_step_samples_the_posterior(t, t_next):
     """Against the product of two Gaussians: x_next given the data, and x_t given x_next."""

@@ -83,13 +83,14 @@ class Config(common.TrainConfig):
     time_std: float = option(1.0, "its standard deviation", low=0.0)
     noise_scale: float = option(1.0, "standard deviation of the noise; JiT takes 2 at 512 pixels", low=0.01)
     lab_noise: tuple[float, ...] = option((1.0, 1.0, 1.0), "factors of it for L*, a* and b* (not in rgb)", low=0.01)
+    cfg: float = option(1.0, "guidance of the samples while training; the default of `sample`", low=0.0)
     # Optimizer (Part 5)
     optimizer: str = option("adamw", "auto: muon where bfloat16 is fast", choices=("adamw", "muon", "auto"))
 
 
 # Muon learns from 70,000 pictures nearly what AdamW learns from 120,000 (docs/results.md), so ema averages over fewer
 # steps. Muon's update takes as long after a small crop as after a full picture, so there are more full pictures.
-DEMO = dict(minutes=10.0, optimizer="auto", decay="linear", ema=0.995, full_image_prob=0.7)
+DEMO = dict(minutes=10.0, optimizer="auto", decay="linear", ema=0.995, full_image_prob=1.0, cfg=1.5)
 # L* spreads over most of the scale [-1, 1], a* and b* over little of it, so noise of 1 hides colour until t is near 1.
 # These values are about the spread that noise of 1 in RGB has in L*a*b*. Less noise hides less at the same t, so times
 # are lower (nearer to noise) on average.
@@ -196,7 +197,7 @@ class JiT(nn.Module):
     0-d or a (B,) tensor in [0, 1], 1 = data. y: (B,) class labels from 0 to num_classes - 1; the label num_classes
     means "no class"; of a distilled model y is the place of its number of steps in FEW_STEPS. in_context_len: number of
     class tokens put before the picture's tokens at block in_context_start; official JiT checkpoints have 32, the post's
-    has none. Raises ValueError if a picture does not fit.
+    has none. skip: the number of a block to leave out, for guided_data(). Raises ValueError if a picture does not fit.
     """
 
     distilled = False
@@ -253,7 +254,7 @@ class JiT(nn.Module):
             parameter.requires_grad_(mode and name != "pos_embed")
         return super().train(mode)
 
-    def forward(self, x_t, t, y, top_idx=0, left_idx=0):
+    def forward(self, x_t, t, y, top_idx=0, left_idx=0, skip=None):
         p, (batch, channels, height, width) = self.patch_size, x_t.shape
         bottom, right = top_idx + height // p, left_idx + width // p
         if height % p or width % p or min(top_idx, left_idx) < 0 or max(bottom, right) > self.grid:
@@ -279,7 +280,7 @@ class JiT(nn.Module):
                 # Class tokens have no position: cosine 1 and sine 0 leave them as they are.
                 cos, sin = rope
                 rope = F.pad(cos, (0, 0, context_len, 0), value=1.0), F.pad(sin, (0, 0, context_len, 0), value=0.0)
-            x = block(x, condition, rope)
+            x = x if i == skip else block(x, condition, rope)
         x = self.final_layer(x[:, context_len:], condition)  # (B, N, p p C)
         x = x.unflatten(1, (height // p, width // p)).unflatten(-1, (p, p, channels))  # (B, H/p, W/p, p, p, C)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(x_t.shape).float()  # (B, C, H, W)
@@ -334,11 +335,27 @@ def training_times(config, rng):
 
 @dataclasses.dataclass
 class SampleConfig(common.SampleConfig):
-    """The options of `sample`. cfg: Ho & Salimans 2022, eq. 6."""
+    """The options of `sample`."""
 
     solver: str = option("euler", "how a step is made", choices=tuple(common.SOLVERS))
     label: int = option(0, "class, for checkpoints with several", low=0)
-    cfg: float = option(1.0, "guidance: 1 conditional, 0 unconditional, above 1 guided", low=0.0)
+    cfg: float | None = option(None, "guidance, 1 = none; see guided_data() (default: the weights')", low=0.0)
+
+
+def guided_data(model, config, x_t, t, label, cfg):
+    """x_hat (B, C, H, W), led away from a worse prediction by the factor cfg (1: not): of a model with several classes
+    that without the label (classifier-free guidance, Ho & Salimans 2022), of one class that without the second last
+    block ("a bad version of itself", Karras et al. 2024): errors that both share are larger in the worse one."""
+
+    def predict(label, skip=None):
+        y = torch.full((len(x_t),), label, device=x_t.device)
+        return predicted_data(config, model(x_t, t, y, skip=skip), x_t, t)
+
+    x_hat = predict(label)
+    if cfg == 1:
+        return x_hat
+    worse = predict(model.num_classes) if model.num_classes > 1 else predict(label, skip=len(model.blocks) - 2)
+    return worse + cfg * (x_hat - worse)
 
 
 @torch.no_grad()
@@ -346,19 +363,11 @@ def sample(model, config, num=16, steps=50, seed=0, *, noise=None, callback=None
     """num pictures, RGB in [0, 1], (num, 3, S, S) (Part 6). Picture i depends on seed + i only, or on noise[i] if
     `noise` is given. options: the other fields of SampleConfig. callback(x_t, t) gets the states of the first batch."""
     options, device = SampleConfig(num=num, steps=steps, seed=seed, **options), next(model.parameters()).device
-    precision = common.pick_precision(options.precision, device)
-
-    def predict(x_t, t, label):
-        y = torch.full((len(x_t),), label, device=device)
-        with autocast(device, precision):
-            output = model(x_t, t, y)
-        return predicted_data(config, output, x_t, t)
+    precision, cfg = common.pick_precision(options.precision, device), config.cfg if options.cfg is None else options.cfg
 
     def velocity(x_t, t):
-        x_hat = predict(x_t, t, options.label)
-        if options.cfg != 1:
-            unconditional = predict(x_t, t, model.num_classes)
-            x_hat = unconditional + options.cfg * (x_hat - unconditional)
+        with autocast(device, precision):
+            x_hat = guided_data(model, config, x_t, t, options.label, cfg)
         # v = (x_hat - x_t) / (1 - t). No solver calls this at t = 1: its last t is 1 - 1/steps. (The post's bound,
         # max(1 - t, 0.01), acts only above 100 steps.) In the last Euler step 1 - t is the step size, so that the step
         # ends at x_hat, which the post returns.
@@ -549,7 +558,7 @@ def train(config):
         if run.checkpoint_due:
             run.save(model, ema, optimizer, scaler)
         if run.pictures_due:
-            run.save_pictures(sample(ema, config, num=25, steps=25, precision=precision))
+            run.save_pictures(sample(ema, config, num=25, steps=12, solver="dpm", precision=precision))
     return run.finish()
 
 
@@ -584,6 +593,7 @@ class DistillConfig(common.LoadConfig):
     steps: int = option(200, "optimizer steps", low=1)
     batch_size: int = option(8, "ways from noise to picture per optimizer step", low=1)
     lr: float = option(1e-3, "peak learning rate", low=0.0)
+    cfg: float = option(1.5, "guidance of the trained model, as sample's; with 1 each step takes less time", low=0.0)
     seed: int = option(0, "seed of the noise", low=0, high=2**62)
     out: str = option("runs/jit_lab-distilled.safetensors", "the new weights")
 
@@ -594,7 +604,7 @@ def distill(options):
     teacher, config = load_model(path, device)
     if teacher.num_classes > 1:
         raise UserError(f"{path} has several classes, or is distilled already; name a model of one class")
-    config = dataclasses.replace(config, lr=options.lr, precision="auto")
+    config = dataclasses.replace(config, lr=options.lr, precision="auto", cfg=1.0)
     precision, weights = common.pick_precision("auto", device), teacher.state_dict()
     table = "y_embedder.embedding_table.weight"
     weights[table] = weights[table][:1].repeat(1 + len(FEW_STEPS), 1)
@@ -602,10 +612,10 @@ def distill(options):
     student.load_state_dict(weights)
     ema, muon_modules = copy.deepcopy(student), [part for block in student.blocks for part in (block.attn, block.mlp)]
     optimizer, scaler = common.make_optimizer(config, student, device, muon_modules)
-    scale, zero = noise_scale(config, device), torch.zeros(options.batch_size, dtype=torch.long, device=device)
+    scale = noise_scale(config, device)
 
     def velocity(x_t, t):
-        return (predicted_data(config, teacher(x_t, t, zero), x_t, t) - x_t) / (1 - t)
+        return (guided_data(teacher, config, x_t, t, 0, options.cfg) - x_t) / (1 - t)
 
     @torch.no_grad()
     def way(noise):
@@ -694,8 +704,8 @@ def sample_command(options):
     model, config = load_model(path, common.pick_device(options.device))
     if options.label >= model.num_classes:
         raise UserError(f"--label {options.label}: this checkpoint has the labels 0 to {model.num_classes - 1}")
-    if options.cfg != 1 and (model.num_classes == 1 or model.distilled):
-        raise UserError("--cfg needs a checkpoint with several classes; this one has one, so leave it out")
+    if options.cfg not in (None, 1) and model.distilled:
+        raise UserError("--cfg: a distilled model has learned its guidance; leave it out, or name it with distill")
     frames, callback = common.record_frames(lambda x: common.make_grid(to_rgb(config, x[:16])), options.gif)
     rgb = sample(model, config, callback=callback, **vars(options))
     common.write_samples(rgb, [f"{options.seed + i:06d}" for i in range(options.num)], options, frames)

@@ -1,6 +1,7 @@
 """jit_lab.py against closed forms, scikit-image, the post's own code and naive loops."""
 
 import argparse
+import copy
 import csv
 import math
 
@@ -22,8 +23,8 @@ def tiny_config(**changes):
     return Config(**(TINY | changes))
 
 
-def tiny_model():
-    return random_weights(jit_lab.build_model(tiny_config()), std=0.2)
+def tiny_model(**changes):
+    return random_weights(jit_lab.build_model(tiny_config(**changes)), std=0.2)
 
 
 def save_model(path, config):
@@ -67,7 +68,7 @@ def test_distilled_model_lands_near_the_end_of_the_way_that_it_was_shown(tmp_pat
     assert jit_lab.main(["distill", *map(str, words), "--steps", "150", "--batch-size", "16", "--lr", "3e-3"]) == 0
     teacher, config = jit_lab.load_model(tmp_path / "t.safetensors", torch.device("cpu"))
     student, _ = jit_lab.load_model(tmp_path / "d.safetensors", torch.device("cpu"))
-    end = jit_lab.sample(teacher, config, 32, 200, seed=500)
+    end = jit_lab.sample(teacher, config, 32, 200, seed=500, cfg=1.5)
     for steps in jit_lab.FEW_STEPS:
         off, before = (
             (jit_lab.sample(model, config, 32, steps, seed=500) - end).square().mean() for model in (student, teacher)
@@ -77,6 +78,8 @@ def test_distilled_model_lands_near_the_end_of_the_way_that_it_was_shown(tmp_pat
         jit_lab.sample(student, config, 1, 3)
     assert jit_lab.main(["distill", "--weights", str(tmp_path / "d.safetensors")]) == 2
     assert "is distilled already" in capsys.readouterr().err
+    assert jit_lab.main(["sample", "--weights", str(tmp_path / "d.safetensors"), "--steps", "4", "--cfg", "2"]) == 2
+    assert "has learned its guidance" in capsys.readouterr().err
 
 
 # ---- the loss ----
@@ -132,7 +135,7 @@ class Oracle(torch.nn.Module):
         self.config, self.answer, self.num_classes = config, answer, num_classes
         self.anchor = torch.nn.Parameter(torch.zeros(1))
 
-    def forward(self, x_t, t, y, top_idx=0, left_idx=0):
+    def forward(self, x_t, t, y, skip=None):
         data = self.answer(x_t, t, y)
         return {"x": data, "v": (data - x_t) / (1 - t), "eps": (x_t - t * data) / (1 - t)}[self.config.predict]
 
@@ -171,6 +174,17 @@ def test_guidance_1_is_conditional_0_is_unconditional_and_3_goes_beyond():
     assert level(label=1, cfg=1) == pytest.approx(0.3, abs=1e-5)
     assert level(label=1, cfg=0) == pytest.approx(0.2, abs=1e-5)
     assert level(label=1, cfg=3) == pytest.approx(0.2 + 3 * (0.3 - 0.2), abs=1e-5)
+
+
+def test_guidance_of_one_class_leads_away_from_the_model_without_its_second_last_block():
+    model, config, t = tiny_model(depth=3), tiny_config(depth=3), 0.3
+    worse, x_t = copy.deepcopy(model), common.noise_for([0, 1], (3, 16, 16), "cpu")
+    del worse.blocks[1]
+    full, less = (net(x_t, t, label(2)) for net in (model, worse))
+    assert (full - less).abs().max() > 0.01
+    for cfg in (1, 1.5, 3):
+        expected = (1 - cfg) * less + cfg * full
+        assert torch.allclose(jit_lab.guided_data(model, config, x_t, t, 0, cfg), expected, atol=1e-5)
 
 
 def test_picture_depends_on_its_seed_only():
@@ -463,7 +477,6 @@ def test_novelty_names_the_training_picture_that_a_sample_copies(tmp_path, folde
         ("train --num-heads 5", "--hidden-size 32 must be a multiple of 4 x --num-heads 5"),
         ("train --lab-noise 1 1", "give three numbers"),
         ("sample --label 1", "labels 0 to 0"),
-        ("sample --cfg 3", "leave it out"),
         ("novelty --alexnet a.pth", "LPIPS needs two files"),
         ("novelty", "the training pictures (gone) are not here"),
     ],

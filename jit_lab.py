@@ -363,7 +363,8 @@ def sample(model, config, num=16, steps=50, seed=0, *, noise=None, callback=None
     """num pictures, RGB in [0, 1], (num, 3, S, S) (Part 6). Picture i depends on seed + i only, or on noise[i] if
     `noise` is given. options: the other fields of SampleConfig. callback(x_t, t) gets the states of the first batch."""
     options, device = SampleConfig(num=num, steps=steps, seed=seed, **options), next(model.parameters()).device
-    precision, cfg = common.pick_precision(options.precision, device), config.cfg if options.cfg is None else options.cfg
+    precision = common.pick_precision(options.precision, device)
+    cfg = config.cfg if options.cfg is None else options.cfg
 
     def velocity(x_t, t):
         with autocast(device, precision):

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import csv
+import dataclasses
 import math
 
 import common
@@ -185,6 +186,9 @@ def test_guidance_of_one_class_leads_away_from_the_model_without_its_second_last
     for cfg in (1, 1.5, 3):
         expected = (1 - cfg) * less + cfg * full
         assert torch.allclose(jit_lab.guided_data(model, config, x_t, t, 0, cfg), expected, atol=1e-5)
+    ours = jit_lab.sample(model, dataclasses.replace(config, cfg=3.0), 1, 2)  # the weights' guidance is the default
+    assert torch.equal(ours, jit_lab.sample(model, config, 1, 2, cfg=3.0))
+    assert not torch.equal(ours, jit_lab.sample(model, config, 1, 2))
 
 
 def test_picture_depends_on_its_seed_only():

@@ -91,6 +91,7 @@ BASE = {
     "jit_lab": dict(
         image_size=40, patch_size=4, hidden_size=128, depth=4, num_heads=2, lab_noise=(1, 1, 1), time_mean=-0.2,
         space="lab", predict="x", loss="v", color_weight=3, color_fraction=0.1, num_samples=10_000,
+        full_image_prob=0.7, cfg=1,
     ),
     "unet_ddpm": dict(objective="flow", predict="eps", lr=2e-3),
     "train-vae": dict(image_size=40, decoder="local"),

@@ -1651,7 +1651,7 @@ LOG_COLUMNS += [f"loss_bin_{k}" for k in range(NOISE_BINS)]
 MARKS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # parts of the budget at which pictures are sampled
 # Options that may differ when a run goes on; a file adds its own. All others would change its numbers.
 MAY_CHANGE = {"data", "out", "minutes", "steps", "epochs", "grad_accum", "device", "compile"}
-MAY_CHANGE |= {"checkpoint_every", "fsdp", "resume"}
+MAY_CHANGE |= {"checkpoint_every", "fsdp", "resume", "cfg"}
 
 
 def read_log(folder):

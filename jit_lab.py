@@ -594,7 +594,7 @@ class DistillConfig(common.LoadConfig):
 
     steps: int = option(200, "optimizer steps", low=1)
     batch_size: int = option(8, "ways from noise to picture per optimizer step", low=1)
-    lr: float = option(1e-3, "peak learning rate", low=0.0)
+    lr: float = option(2e-3, "peak learning rate", low=0.0)
     cfg: float = option(1.25, "guidance of the trained model, as sample's; with 1 each step takes less time", low=0.0)
     seed: int = option(0, "seed of the noise", low=0, high=2**62)
     out: str = option("runs/jit_lab-distilled.safetensors", "the new weights")

@@ -137,7 +137,7 @@ def test_the_readme_s_python_runs_as_printed(tmp_path, monkeypatch):
     assert isinstance(shown, Image.Image) and shown.size == (32, 32) and shown == common.make_grid(seen[-1])
 
     model, config = jit_lab.load_model("weights/jit_lab.safetensors", "cpu")
-    made = jit_lab.sample(model, config, num=1, steps=20, seed=4, precision="fp32")
+    made = jit_lab.sample(model, config, num=1, steps=20, seed=4, cfg=1, precision="fp32")
     assert torch.allclose(made, seen[4][:1], atol=1e-3)
     x_t = common.flow_point(names["noise"], jit_lab.rgb_to_lab(seen[3]), names["t"])
     nothing = jit_lab.flow_loss(config, 0 * x_t, x_t, jit_lab.rgb_to_lab(seen[3]), names["t"], torch.ones(4, 3, 1, 1))

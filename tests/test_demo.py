@@ -1,6 +1,7 @@
 """The pages of `demo` in a real browser, with tiny models: every picture that a page shows is compared with what the
 file's own functions return, and neither the browser nor the program may ask another machine for anything."""
 
+import contextlib
 import io
 import shutil
 import sys
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, random_weights
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 SYSTEMS = jit_lab, unet_ddpm, serpentine_vae, dit_t2i
 contacted = set()  # the hosts that this program has looked up or connected to
@@ -53,7 +54,10 @@ class Visitor:
 
     def until(self, condition):
         end = time.monotonic() + 120
-        while not condition():
+        while True:
+            with contextlib.suppress(UnidentifiedImageError):  # a frame that the next one has just replaced
+                if condition():
+                    return
             assert time.monotonic() < end, f"not within two minutes; the page shows {self.caption()!r}"
             self.page.wait_for_timeout(50)
 

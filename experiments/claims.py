@@ -120,7 +120,7 @@ def trained(system, seed, steps, part="", **changes):
     settings = {name: value for name, value in changes.items() if BASE[system].get(name) != value}
     told = [f"{name}-{value}" for name, value in settings.items() if name != "from"]
     folder = RUNS / "-".join(filter(None, [system, part, *told, str(seed), str(steps)])).replace(" ", "-")
-    words = ["--steps", steps, "--seed", seed]
+    words = ["--steps", steps, "--seed", seed, "--no-compile"]
     for name, value in (BASE[system] | settings).items():
         words += [f"--{name.replace('_', '-')}", *(value if isinstance(value, tuple) else [value])]
     module = MODULES.get(system, serpentine_vae)

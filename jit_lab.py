@@ -344,10 +344,10 @@ class SampleConfig(common.SampleConfig):
 
 
 def guided_data(model, config, x_t, t, label, cfg):
-    """x_hat (B, C, H, W), led away from a worse prediction by the factor cfg (1: not). With several classes the worse one
-    is made without the label (classifier-free guidance, Ho & Salimans 2022, eq. 6). With one class it is made without
-    the second-to-last block (skip guidance, Hyung et al. 2024; after autoguidance, Karras et al. 2024): both predictions
-    have the same kinds of error, the worse one has more of them, so the difference leads away from errors."""
+    """x_hat (B, C, H, W), led away from a worse prediction by the factor cfg (1: not). With several classes the worse
+    one is made without the label (classifier-free guidance, Ho & Salimans 2022, eq. 6). With one class it is made
+    without the second-to-last block (skip guidance, Hyung et al. 2024; after autoguidance, Karras et al. 2024). Both
+    have the same kinds of error, the worse one has more of them, so their difference leads away from errors."""
 
     def predict(label, skip=None):
         y = torch.full((len(x_t),), label, device=x_t.device)

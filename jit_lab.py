@@ -9,7 +9,7 @@ the post, t = 0 is NOISE and t = 1 is DATA. The network predicts the clean pictu
     python jit_lab.py novelty --data DIR                     how far is each sample from the nearest training picture?
 
 What you will see, with the demo preset on 10,000 drawings in colour (faces-80 in docs/results.md, --color-fraction 1,
---steps 1500, ten to fifteen minutes on two cores of an AMD EPYC with AVX512-BF16): coloured squares after 150 steps,
+--steps 1500, 12 to 15 minutes on two cores of an AMD EPYC with AVX512-BF16): coloured squares after 150 steps,
 faces that anybody recognises after 450, hair that holds together after 1,000. The first command paints its own faces
 and keeps the colour of one in ten.
 

@@ -647,6 +647,7 @@ class InpaintConfig(SampleConfig):
         "what kept positions hold: the latent, clean or with noise; clean: the network knows (auto: if it can)",
         choices=("auto", "clean", "noised", "mean"),
     )
+    solver: str = option("auto", "auto: ancestral with --clamp clean, else ddim", ("auto", "ddim", "ancestral"))
     steps: int | None = option(None, "steps from noise to picture (default: 12 with --clamp clean, else 50)", low=1)
     resample_steps: int | None = option(None, "how often each step is made (default: 1 with clean, else 5)", low=1)
     composite: bool = option(False, "put the kept pixels, which the VAE does not return exactly, into the result")
@@ -668,8 +669,9 @@ def inpaint(model, config, x, keep, callback=None, **options):
         written = dict(solver="ancestral", steps=config.num_timesteps, resample_steps=1, clamp="mean")
         options = dataclasses.replace(options, **written)
     clamp = options.clamp if options.clamp != "auto" else "clean" if config.known_prob else "noised"
-    steps, repeats = (12, 1) if clamp == "clean" else (50, 5)
-    options, repeats = dataclasses.replace(options, steps=options.steps or steps), options.resample_steps or repeats
+    solver, steps, repeats = ("ancestral", 12, 1) if clamp == "clean" else ("ddim", 50, 5)
+    solver, repeats = solver if options.solver == "auto" else options.solver, options.resample_steps or repeats
+    options = dataclasses.replace(options, solver=solver, steps=options.steps or steps)
     positions = keep_positions(keep).to(model.vae.mean.device)
     if positions.all():
         raise UserError("the mask keeps everything; paint black what is to be made anew (or see --invert)")
@@ -1043,7 +1045,8 @@ class SeamsConfig(common.LoadConfig):
     data: tuple[str, ...] = option(("drawn",), "as in train; of the data trained on, only what was held out")
     num: int = option(100, "pictures to inpaint", low=1)
     tries: int = option(1, "results of each picture; the best LPIPS counts", low=1)
-    clamp: str = option("auto", "as in inpaint, like the next three", choices=("auto", "clean", "noised", "mean"))
+    clamp: str = option("auto", "as in inpaint, like the next four", choices=("auto", "clean", "noised", "mean"))
+    solver: str = option("auto", "how a step is made", choices=("auto", "ddim", "ancestral"))
     steps: int | None = option(None, "steps from noise to picture", low=1)
     resample_steps: int | None = option(None, "how often each step is made", low=1)
     as_written: bool = option(False, "the write-up's own way")
@@ -1067,7 +1070,7 @@ def seams_command(options):
     face = torch.zeros(size, size)  # 1 in the middle three fifths, in whole tiles, where the pictures have their faces
     face[edge : size - edge, edge : size - edge] = 1
     lpips = common.Lpips.load(options.alexnet, options.lpips) if options.lpips else None
-    settings = {name: getattr(options, name) for name in ("clamp", "steps", "resample_steps", "as_written")}
+    settings = {name: getattr(options, name) for name in ("clamp", "solver", "steps", "resample_steps", "as_written")}
     print(f"difference across the border, {len(x)} unseen pictures; 1 is that of the originals at the same place")
     for case, keep in (("face made", 1 - face), ("background made", face)):
         start, usual, distances = time.perf_counter(), seam(x / 2 + 0.5, keep), []

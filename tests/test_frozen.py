@@ -32,7 +32,7 @@ REFERENCES = {  # reference picture -> file, subcommand and options
     "jit_lab_heun": f"jit_lab sample --num 4 --solver heun {SAMPLE}",
     "serpentine_vae": f"serpentine_vae sample --num 4 {SAMPLE}",
     "dit_t2i": f"dit_t2i sample --num 1 {SAMPLE}",
-    "inpaint": f"serpentine_vae inpaint --num 2 {SAMPLE}",
+    "inpaint": f"serpentine_vae inpaint --num 2 --solver ddim {SAMPLE}",
 }
 STEPS = 4
 TRAIN = f"--steps {STEPS} --batch-size 8 --grad-accum 2 --precision fp32 --device cpu"

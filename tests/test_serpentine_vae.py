@@ -435,6 +435,8 @@ def test_a_denoiser_trained_on_known_positions_is_given_them_and_needs_few_calls
     (model, config), x, keep, asked = small_model(), torch.rand(1, 3, 24, 24) * 2 - 1, torch.ones(24, 24), []
     keep[8:16, 8:24] = 0
     config = dataclasses.replace(config, known_prob=known_prob, num_timesteps=1000)
+    ancestral, step = [], common.ddpm_step
+    monkeypatch.setattr(common, "ddpm_step", lambda *values: ancestral.append(1) or step(*values))
 
     def forward(self, x, t, known=None):
         asked.append(known)
@@ -442,7 +444,7 @@ def test_a_denoiser_trained_on_known_positions_is_given_them_and_needs_few_calls
 
     monkeypatch.setattr(Denoiser, "forward", forward)
     serpentine.inpaint(model, config, x, keep, precision="fp32")
-    assert len(asked) == calls
+    assert len(asked) == calls and len(ancestral) == (12 if known_prob else 0)
     for known in asked:
         assert known is None if not known_prob else torch.equal(known[0, 0], serpentine.keep_positions(keep))
 

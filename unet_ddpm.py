@@ -462,7 +462,7 @@ def load_model(path, device="cpu", objective="flow", predict="eps"):
         header = {"system": "unet_ddpm", "latent": [32, 32], "vae": "", "config": settings}
     if header.get("system") != "unet_ddpm":
         raise UserError(f"{path} is no checkpoint of unet_ddpm.py; name another with --weights")
-    config, device = common.config_from_header(Config, header, path), common.pick_device(device)
+    config, device = common.config_from_header(Config, header, path), torch.device(device)
     config.device = device.type  # load_source() may encode pictures with it
     model = build_model(config, *header["latent"])
     load_into(model, weights, path)
@@ -811,10 +811,10 @@ class Trained:
     """A checkpoint and what sampling from it takes. options: those of `sample`, `evaluate` or `compare`."""
 
     def __init__(self, path, options):
-        self.folder, self.options = path.parent, options
-        self.model, self.config = load_model(path, options.device, options.objective, options.predict)
+        self.folder, self.options, self.device = path.parent, options, common.pick_device(options.device)
+        self.model, self.config = load_model(path, self.device, options.objective, options.predict)
         self.config.vae = options.vae or self.config.vae
-        self.device, self.header, self.vae = next(self.model.parameters()).device, self.model.header, None
+        self.header, self.vae = self.model.header, None
         if self.header["vae"] is not None:
             self.vae = common.load_matching_vae(self.config.vae, self.header).to(self.device)
             if isinstance(options, SolverConfig) and options.latents == "raw":

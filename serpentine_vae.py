@@ -669,9 +669,11 @@ def inpaint(model, config, x, keep, callback=None, **options):
         written = dict(solver="ancestral", steps=config.num_timesteps, resample_steps=1, clamp="mean")
         options = dataclasses.replace(options, **written)
     clamp = options.clamp if options.clamp != "auto" else "clean" if config.known_prob else "noised"
+    # The noise that ancestral steps add brings results nearer to the originals than DDIM does in as many steps.
     solver, steps, repeats = ("ancestral", 12, 1) if clamp == "clean" else ("ddim", 50, 5)
-    solver, repeats = solver if options.solver == "auto" else options.solver, options.resample_steps or repeats
-    options = dataclasses.replace(options, solver=solver, steps=options.steps or steps)
+    solver = solver if options.solver == "auto" else options.solver
+    steps, repeats = options.steps or steps, options.resample_steps or repeats
+    options = dataclasses.replace(options, solver=solver, steps=steps)
     positions = keep_positions(keep).to(model.vae.mean.device)
     if positions.all():
         raise UserError("the mask keeps everything; paint black what is to be made anew (or see --invert)")

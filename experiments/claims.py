@@ -10,10 +10,10 @@ experiments/results/NAME.csv. What a variant changes is seen in its claim: an op
 replaced while it runs.
 
 The rule, written down with each claim before its runs: a measure is lower for one variant than for another, or than a
-number. It is *reproduced* if each seed of the one is below each seed of the other, *not reproduced* if it is the other
-way round; if the seeds overlap, it *cannot be told at this size*. Some claims are of the kind "enough". They have a
-margin: *reproduced* if the mean of the one is at most (1 + margin) x that of the other. A margin of -1/3 asks for a
-third less.
+number. It is *reproduced* if every seed of the one is lower than every seed of the other, *not reproduced* if every
+seed is higher; otherwise it *cannot be told at this size*. Rules with a margin compare means only: *reproduced* if the
+mean of the one is at most (1 + margin) x that of the other. A margin of 0.1 stands for "enough", one of -1/3 for "a
+third less".
 
 Distances of samples are from new faces, whose floor (other new faces, equally many) stands beside them: the Fréchet
 distance in the features of experiments/features.py, and the sliced Wasserstein distance of unet_ddpm.py.
@@ -167,8 +167,8 @@ def lab_or_rgb(variant, seed, steps):
 @claim("JiT, 2 and 5", "the mask keeps chroma clean of the monochrome pictures", ("mask", "no mask"), JIT_STEPS,
        ("chroma", "mask", "no mask"))  # fmt: skip
 def chroma_mask(variant, seed, steps):
-    """Without the mask the zero chroma of monochrome pictures is learned as if it were theirs, so the samples' chroma
-    should be too low."""
+    """Without the mask the zero chroma of monochrome pictures is learned as if it were theirs. chroma: the mean
+    difference of the samples' chroma from that of new faces."""
     batch = jit_lab.Dataset.batch
 
     def unmasked(self, *args):
@@ -182,7 +182,7 @@ def chroma_mask(variant, seed, steps):
 @claim("JiT, 3", "crops multiply a small data set (500 pictures)", ("crops", "full pictures"), JIT_STEPS,
        ("frechet", "crops", "full pictures"))  # fmt: skip
 def crops(variant, seed, steps):
-    """The post's crops (20 % full pictures) or none, at equal steps, in colour. Distances are from new faces, so a
+    """The post's crops (--full-image-prob 0.2) or none, at equal steps, in colour. Distances are from new faces, so a
     model that learned its 500 by heart would be far."""
     share = 0.2 if variant == "crops" else 1.0
     return jit_distances(seed, steps, num_samples=500, color_fraction=1, full_image_prob=share)
@@ -488,12 +488,13 @@ def scan_sees_further(variant, seed, steps):
 
 @claim("Diffusion", "batch 32 fits into about 5 GB", ("batch 32",), 1, ("GiB", "batch 32", 5.0))
 def memory(variant, seed, steps):
-    """Bytes of tensors in an optimizer step of the paper preset's denoiser (256 pixels, bf16), counted on the CPU for 1
-    and 2 pictures and continued to 32; with weights, gradients, AdamW's moments and averages. The post's sizes are not
-    known. `python experiments/bench.py memory` counts all 32."""
+    """Bytes of tensors in an optimizer step of the paper preset's denoiser (256 pixels, bf16), counted on the CPU for 4
+    and 8 pictures and continued to 32 (below 4 the largest moment is another one, that of the weights' gradients); with
+    weights, gradients, AdamW's moments and averages. The post's sizes are not known. `python experiments/bench.py
+    memory` counts all 32."""
     config = common.make_config(serpentine_vae.Config, {"preset": "paper"}, serpentine_vae.PRESETS)
     model, peaks = serpentine_vae.build_denoiser(config), []
-    for batch in (1, 2):
+    for batch in (4, 8):
         x, t = torch.randn(batch, config.channels, 32, 32), torch.rand(batch) * 999
 
         def once(x=x, t=t):
@@ -505,7 +506,7 @@ def memory(variant, seed, steps):
         model.zero_grad()
     weights = sum(p.numel() for p in model.parameters())
     # The peaks contain the gradients; 16 bytes: weight, two moments and average.
-    return {"GiB": (peaks[0] + 31 * (peaks[1] - peaks[0]) + 16 * weights) / 2**30}
+    return {"GiB": (peaks[0] + 28 * (peaks[1] - peaks[0]) / 4 + 16 * weights) / 2**30}
 
 
 @claim("Diffusion", "what is kept in inpainting is preserved exactly", ("latents", "pixels", "pixels, --composite"), 4,
@@ -825,10 +826,11 @@ def verdict(name, rows):
 
 
 def rule(entry):
-    """A claim's rule in a few words."""
+    """A claim's rule in a few words; variants are in `marks`, because some of their names are numbers."""
     measure, low, high, *margin = entry.expected
-    high = f"{high:.3g}" if isinstance(high, float) else high if isinstance(high, str) else ", ".join(high)
-    return f"{measure}: {low} below {f'{1 + margin[0]:.2f} x ' if margin else ''}{high}"
+    names = high if isinstance(high, tuple) else (high,)
+    high = ", ".join(f"`{name}`" if isinstance(name, str) else f"{name:.3g}" for name in names)
+    return f"{measure}: `{low}` below {f'{1 + margin[0]:.2f} x ' if margin else ''}{high}"
 
 
 def table():
@@ -837,11 +839,12 @@ def table():
     for name, entry in CLAIMS.items():
         rows = [row for row in rows_of(name) if row["steps"] == str(entry.steps)]
         spread, says = verdict(name, rows) if rows else ({}, "not measured yet")
-        figures = [", ".join(f"{v} {text}" for v, text in spread.items())] * bool(rows)
+        figures = [", ".join(f"`{v}` {text}" for v, text in spread.items())] * bool(rows)
         if entry.before:
             figures, says = [*figures, entry.before[0]], says if rows else entry.before[1]
-        steps = f"{entry.steps}, {len({row['seed'] for row in rows})}"
-        cells = f"{entry.post}: {entry.text} (`{name}`)", rule(entry), steps, "; ".join(figures), says
+        seeds = min(sum(row["variant"] == variant for row in rows) for variant in entry.variants)
+        claimed, steps = f"{entry.post}: {entry.text} (`{name}`)", f"{entry.steps}, {seeds}"
+        cells = claimed, rule(entry), steps, "; ".join(figures), says
         lines.append("| " + " | ".join(cells) + " |")
     path, marks = ROOT / "docs/claims.md", ("<!-- table: begin -->", "<!-- table: end -->")
     before, rest = path.read_text("utf-8").split(marks[0])

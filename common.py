@@ -1150,25 +1150,23 @@ CAPTION_FIELDS = "text", "caption", "prompt", "description"
 
 
 class Row(typing.NamedTuple):
-    """A picture of a data set and what is written about it. fields: those of its record of metadata."""
+    """A picture of a data set and what is written about it."""
 
     name: str
     picture: Path | bytes
     caption: str
     tags: list[str]
-    fields: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass
 class Pictures:
-    """A data set in memory. skipped: a line for each unreadable picture; fields: those of the metadata, sorted."""
+    """A data set in memory. skipped: a line for each unreadable picture."""
 
     pictures: torch.Tensor  # (N, 3, size, size) uint8
     names: list[str]
     captions: list[str]
     tags: list[list[str]]
     skipped: list[str] = dataclasses.field(default_factory=list)
-    fields: list[str] = dataclasses.field(default_factory=list)
 
     def __len__(self):
         return len(self.names)
@@ -1216,7 +1214,7 @@ def make_row(name, picture, record, text=""):
     caption = next(filter(None, map(str.strip, [*captions, text])), "")
     tags = record.get("tags") or []
     tags = tags.split(",") if isinstance(tags, str) else tags
-    return Row(name, picture, caption, [str(tag).strip() for tag in tags], tuple(record))
+    return Row(name, picture, caption, [str(tag).strip() for tag in tags])
 
 
 def folder_rows(folder):
@@ -1333,16 +1331,15 @@ def load_pictures(data, size, paint=None, count=10_000, first=None):
     first: how many of them are taken [all]. Raises UserError if no picture can be read."""
     if tuple(data) == ("drawn",):
         return paint_set(paint or paint_face, min(first or count, count), size)
-    pictures, words, skipped, fields = [], [], [], set()
+    pictures, words, skipped = [], [], []
     rows = tqdm(first_rows(data, first), "reading", unit=" pictures", leave=False)
     for row, picture in decode_rows(rows, size, skipped):
         pictures.append(picture)
         words.append((row.name, row.caption, row.tags))
-        fields.update(row.fields)
     if not pictures:
         what = f"{len(skipped)} files could not be read, such as {skipped[0]}" if skipped else "it holds no pictures"
         raise UserError(f"--data {' '.join(data)}: {what}")
-    return Pictures(picture_tensor(pictures), *map(list, zip(*words)), skipped, sorted(fields))
+    return Pictures(picture_tensor(pictures), *map(list, zip(*words)), skipped)
 
 
 def end_with_parent():
@@ -1491,13 +1488,9 @@ class Shards:
         return zlib.crc32(json.dumps([self.names, self.captions, self.tags, self.header]).encode())
 
     def read(self, index):
-        """Rows `index` of each of the tensors, float32. Raises UserError for numbers that are not finite."""
+        """Rows `index` of each of the tensors, float32."""
         places = [self.places[i] for i in index]
-        parts = [torch.cat([f.get_slice(n)[row : row + 1] for f, row in places]).float() for n in self.tensors]
-        for part in parts:
-            for i in (~part.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist():
-                raise UserError(f"the latent of {self.names[index[i]]} is not finite; delete its shard, encode again")
-        return tuple(parts)
+        return tuple(torch.cat([f.get_slice(n)[row : row + 1] for f, row in places]).float() for n in self.tensors)
 
     def extra(self, name):
         """A tensor that every file holds."""
@@ -1812,7 +1805,7 @@ class Run:
                 file.write(",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in row) + "\n")
             about = f"{self.progress:4.0%}, step {self.step}, loss {loss:.4f}, {speed:.0f} images/s"
             print(f"\r{about}, {self.now / 60:.1f} minutes ", end="", file=sys.stderr, flush=True)
-            if self.now > 60 and not self.warned:
+            if self.enough and self.now > 60 and not self.warned:
                 self.warned = True
                 self.warn_if_few(self.images / self.progress)
         self.window, self.window_started = [], self.now

@@ -145,12 +145,6 @@ def msrope(height, width, text_len, head_dim, device):
     return common.rope_2d(positions, head_dim)
 
 
-@functools.lru_cache(maxsize=16)
-def grid_embedding(height, width, dim, device):
-    """Fixed embedding of the positions of a centred grid, (N, dim)."""
-    return common.sincos_2d(centred_grid(height, width, device), dim)
-
-
 def ada_norm(x, shift, scale):
     """LN(x) (1 + scale) + shift for x (B, N, D), shift and scale (B, D) (re-diffusion 4.3: beta and gamma)."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
@@ -316,7 +310,7 @@ class DiT(nn.Module):
             # slowly for ten minutes. So the sum of the words is added to the time, as pooled text is in Stable
             # Diffusion 3 (Esser et al. 2024, section 4), and a fixed position embedding to the image tokens.
             condition = condition + (txt * (text > 0).unsqueeze(-1)).sum(dim=1)
-            vis = vis + grid_embedding(*grid, vis.shape[-1], z_t.device)
+            vis = vis + common.sincos_2d(centred_grid(*grid, z_t.device), vis.shape[-1])
         return condition, txt, vis
 
     def forward(self, z_t, t, text):
@@ -497,10 +491,6 @@ CLIP_SOURCE = "openai/clip-vit-large-patch14"
 CLIP_LENGTH = 77  # tokens of a caption, start and end included
 CLIP_MERGES = 48_894
 CLIP_SPECIAL = ["<|startoftext|>", "<|endoftext|>"]
-# A word is a contraction such as 's, a run of letters, one digit, or a run of other characters that are not spaces.
-# CLIP's own pattern has Unicode's classes \p{L} and \p{N}, which `re` lacks. So split() replaces each non-ASCII
-# character by one ASCII character of its class, matches this pattern, and cuts the original text at the same places.
-CLIP_WORD = re.compile(r"'(?:s|t|re|ve|m|ll|d)|[a-z]+|[0-9]|[^\sa-z0-9]+", re.ASCII)
 
 
 def byte_symbols():
@@ -511,11 +501,13 @@ def byte_symbols():
     return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}
 
 
-def ascii_class(c):
-    """The ASCII character that stands for c's class in CLIP_WORD: a letter, digit, space or other character."""
-    if c.isascii():
-        return c
-    return " " if c.isspace() else {"L": "a", "N": "0"}.get(unicodedata.category(c)[0], "!")
+@functools.cache
+def clip_word():
+    """CLIP's pattern of a word: a contraction such as 's, a run of letters, one number, or a run of other characters
+    that are not spaces. `re` lacks Unicode's class of numbers, \\p{N}, so they are listed; \\w without them and without
+    the underscore is the class of letters, \\p{L}."""
+    numbers = "".join(c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c)[0] == "N")
+    return re.compile(rf"'(?:s|t|re|ve|m|ll|d)|[^\W_{numbers}]+|[{numbers}]|(?:[^\s\w]|[_\x1c-\x1f])+")
 
 
 class ClipTokenizer:
@@ -576,7 +568,7 @@ class ClipTokenizer:
         """The words of a text, composed (NFC) and in lower case."""
         # Letter by letter: lower() of a whole string writes a Greek sigma at a word's end differently.
         text = "".join(map(str.lower, unicodedata.normalize("NFC", text)))
-        return [text[slice(*match.span())] for match in CLIP_WORD.finditer("".join(map(ascii_class, text)))]
+        return clip_word().findall(text)
 
     def word_ids(self, word):
         """Byte-pair encoding: merge the neighbours that are first in the list of merges, until none is in it."""
@@ -645,14 +637,10 @@ class ClipTextEncoder(nn.Module):
         content, _ = load_tensors(file)
         with common.reading(file, f"text encoder of {CLIP_SOURCE}"):
             content = content.get("state_dict", content)
-            # The text half is what has the same prefix as its first table.
-            first = "embeddings.token_embedding.weight"
-            prefix = next((name.removesuffix(first) for name in content if name.endswith(first)), None)
-            if prefix is None:
-                raise ValueError(f"it has no {first}")
-            weights = {name.removeprefix(prefix): w.float() for name, w in content.items() if name.startswith(prefix)}
-            weights = {k: w for k, w in weights.items() if not k.endswith(("position_ids", "text_projection.weight"))}
-            (vocab, dim), length = weights[first].shape, len(weights["embeddings.position_embedding.weight"])
+            text = {k.rpartition("text_model.")[2]: w for k, w in content.items() if "text_model." in k} or content
+            weights = {k: w.float() for k, w in text.items() if not k.endswith(("position_ids", "projection.weight"))}
+            vocab, dim = weights["embeddings.token_embedding.weight"].shape
+            length = len(weights["embeddings.position_embedding.weight"])
             hidden = len(weights["encoder.layers.0.mlp.fc1.weight"])
             depth = sum(name.endswith("layer_norm1.weight") for name in weights)
         model = cls(vocab, length, dim, hidden, depth)
@@ -851,8 +839,7 @@ def read_metadata(path):
                 yield from batch.to_pylist()
         elif path.endswith(".tar"):  # webdataset: the pictures are inside
             for row in common.tar_rows(Path(path)):
-                words = {"caption": row.caption} if row.caption else dict.fromkeys(row.fields)
-                yield words | {"picture": {"bytes": row.picture}}
+                yield {"caption": row.caption, "picture": {"bytes": row.picture}}
         else:
             with open(path, encoding="utf-8-sig", errors="replace") as file:
                 yield from file
@@ -1052,9 +1039,8 @@ class TrainingData:
         count = 0 if self.stream else max(1, min(1000, len(order) // 50))
         self.train, self.held_out = order[count:], order[:count]
         if not self.train:
-            fields = ", ".join(getattr(source, "fields", [])) or "no metadata"
             what = f"{len(good)} captions in {' '.join(config.data)}, and two are needed, one to hold out"
-            where = f"under {', '.join(common.CAPTION_FIELDS)} (found: {fields}), or beside each picture as .txt"
+            where = f"under {', '.join(common.CAPTION_FIELDS)}, or beside each picture as .txt"
             raise UserError(f"{what}; write them into metadata.jsonl {where}")
         missing = [name for name, caption in zip(source.names, source.captions) if not caption]
         self.skipped = source.skipped + [f"{name}: no caption" for name in missing]

@@ -84,7 +84,6 @@ class Config(common.TrainConfig):
     # Objective
     objective: str = option("flow", "flow matching or DDPM", choices=("flow", "ddpm"))
     predict: str = option("eps", "what a DDPM network predicts: the noise, or Salimans & Ho's v", choices=("eps", "v"))
-    betas: str = option("linear", "noise of DDPM's steps: Ho et al.'s or SD's", choices=("linear", "scaled-linear"))
     # Model
     model_channels: int = option(64, "width at the highest resolution", low=16)
     channel_mult: tuple[int, ...] = option((1, 2), "width at each resolution, as a multiple of --model-channels", low=1)
@@ -109,7 +108,7 @@ PRESETS = {"demo": DEMO, "paper": PAPER}
 # What a fine-tuned network takes over from the run it starts from.
 MODEL_FIELDS = ["model_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "num_head_channels"]
 MODEL_FIELDS += ["group_channels", "use_scale_shift_norm"]
-BASE_FIELDS = ["image_size", "fold", "objective", "predict", "betas", *MODEL_FIELDS]
+BASE_FIELDS = ["image_size", "fold", "objective", "predict", *MODEL_FIELDS]
 
 # ----------------------------------------------------------------------------------------------------------------
 # Two objectives. From the same data x (B, C, H, W), the same noise and the same u (B,) in [0, 1), each makes
@@ -119,15 +118,8 @@ BASE_FIELDS = ["image_size", "fold", "objective", "predict", "betas", *MODEL_FIE
 #   t         the time from 0 to 1, (B,), by which the loss is logged
 
 TIMESTEPS = 1000
-
-
-@functools.cache
-def alpha_bars(betas):
-    """alpha_bar_t for t = 0 to 999: the part of the data's variance that is left. betas: linear (Ho et al. 2020,
-    section 4), or scaled-linear as in Stable Diffusion."""
-    if betas == "linear":
-        return common.alphas_cumprod(common.linear_betas(TIMESTEPS))
-    return common.alphas_cumprod(common.linear_betas(TIMESTEPS, 0.00085**0.5, 0.012**0.5).square())
+# alpha_bar_t for t = 0 to 999: the part of the data's variance that is left (Ho et al. 2020, section 4)
+ALPHA_BARS = common.alphas_cumprod(common.linear_betas(TIMESTEPS))
 
 
 def flow_pair(config, x, noise, u):
@@ -143,7 +135,7 @@ def flow_pair(config, x, noise, u):
 def ddpm_pair(config, x, noise, u):
     """DDPM: noisy data, and the noise in them (Ho et al. 2020, eq. 14) or v (Salimans & Ho 2022, appendix D)."""
     timestep = (TIMESTEPS * u).long()
-    alpha_bar = alpha_bars(config.betas).to(x.device)[timestep].view(-1, 1, 1, 1)
+    alpha_bar = ALPHA_BARS.to(x.device)[timestep].view(-1, 1, 1, 1)
     # x_t = sqrt(alpha_bar_t) data + sqrt(1 - alpha_bar_t) noise
     x_t = alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise
     target = noise if config.predict == "eps" else common.ddpm_v(x, noise, alpha_bar)
@@ -169,33 +161,30 @@ def timesteps(steps):
     return [round(TIMESTEPS * (steps - i) / steps) - 1 for i in range(steps)]
 
 
-def ddpm_sample(config, network, x, steps, noise_fn, solver="ddim", eta=0.0, data_max=None, callback=None):
+def ddpm_sample(config, network, x, steps, noise_fn, solver="ddim", data_max=None, callback=None):
     """From noise x at timestep 999 to data, by ddim steps (Song et al. 2020, eq. 12) or ancestral ones (Ho et al. 2020,
-    algorithm 2). noise_fn() -> new noise like x, for ancestral steps and for ddim's where eta > 0. callback(x, part)
-    gets every state, part from 0 (noise) to 1 (data).
+    algorithm 2). noise_fn() -> new noise like x, for ancestral steps. callback(x, part) gets every state, part from 0
+    (noise) to 1 (data).
 
-    eta: share of new noise in a ddim step, 0 none, 1 the ancestral step; the ancestral solver ignores it.
     data_max: predicted data are clipped to [-data_max, data_max], the range of the training data (None: no clipping).
     With linear betas x_999 = 0.006 data + noise, so that the first predicted data can be far outside this range.
     """
-    table = torch.cat((alpha_bars(config.betas), torch.ones(1)))  # table[-1] = 1: clean data
-    for t, t_next in common.progress(itertools.pairwise([*timesteps(steps), -1]), "steps"):
-        if callback:
-            callback(x, 1 - (t + 1) / TIMESTEPS)
+    table = torch.cat((ALPHA_BARS, torch.ones(1)))  # table[-1] = 1: clean data
+
+    def step(x, t, t_next):
         alpha_bar, alpha_bar_next = table[t], table[t_next]
         eps = network(x, t)
         if config.predict == "v":
             eps = common.eps_from_v(eps, x, alpha_bar)
         if data_max is not None:
             eps = common.clip_x0(x, eps, alpha_bar, data_max)
-        noise = noise_fn() if t_next >= 0 and (solver == "ancestral" or eta) else 0  # none in the last step
-        if solver == "ancestral":
-            x = common.ddpm_step(x, eps, alpha_bar, alpha_bar_next, noise)
-        else:
-            x = common.ddim_step(x, eps, alpha_bar, alpha_bar_next, eta, noise)
-    if callback:
-        callback(x, 1.0)
-    return x
+        if solver == "ddim":
+            return common.ddim_step(x, eps, alpha_bar, alpha_bar_next)
+        noise = noise_fn() if t_next >= 0 else 0  # none in the last step
+        return common.ddpm_step(x, eps, alpha_bar, alpha_bar_next, noise)
+
+    part = callback and (lambda x, t: callback(x, 1 - (t + 1) / TIMESTEPS))
+    return common.integrate(step, x, [*timesteps(steps), -1], part)
 
 
 def to_rgb(config, x, vae=None):
@@ -206,14 +195,14 @@ def to_rgb(config, x, vae=None):
 
 @torch.no_grad()
 def sample(
-    model, config, num=16, steps=50, seed=0, solver="", eta=0.0, clip=True, vae=None, batch_size=64,
+    model, config, num=16, steps=50, seed=0, solver="", clip=True, vae=None, batch_size=64,
     precision="auto", callback=None,
 ):  # fmt: skip
     """Pictures from noise: RGB (num, 3, H, W) in [0, 1]; latents where the model works on latents and no vae is given.
 
     Picture i depends on seed + i only. solver: euler, heun or dpm for flow matching, ddim or ancestral for DDPM
-    (default: the first). eta: see ddpm_sample; clip: DDPM's predicted data to the training data's range.
-    callback(x, part) gets the first batch's states. Raises UserError for a solver of the other objective.
+    (default: the first). clip: DDPM's predicted data to the training data's range. callback(x, part) gets the first
+    batch's states. Raises UserError for a solver of the other objective.
     """
     solvers = SOLVERS[config.objective]
     solver = solver or solvers[0]
@@ -236,7 +225,7 @@ def sample(
             if config.objective == "flow":
                 x = flow_sample(network, x, steps, solver, callback)
             else:
-                x = ddpm_sample(config, network, x, steps, noise_fn, solver, eta, data_max, callback)
+                x = ddpm_sample(config, network, x, steps, noise_fn, solver, data_max, callback)
             in_latents = vae is None and model.header["vae"] is not None
             results.append(x if in_latents else to_rgb(config, x, vae))
         callback = None
@@ -363,12 +352,9 @@ class UNetModel(nn.Module):
             return ResBlock(width_in, width, embed, dropout, use_scale_shift_norm, norm, resample)
 
         def attend(width):
-            name, unit = "num_head_channels", num_head_channels
-            if num_head_channels == -1:
-                name, unit = "num_heads", num_heads
-            if width % unit:
-                raise ValueError(f"width {width} is no multiple of {name} {unit}")
-            return AttentionBlock(width, num_heads if name == "num_heads" else width // unit, norm)
+            if width % num_head_channels:  # -1, for num_heads, divides all
+                raise ValueError(f"width {width} is no multiple of num_head_channels {num_head_channels}")
+            return AttentionBlock(width, num_heads if num_head_channels == -1 else width // num_head_channels, norm)
 
         def attention_at(size, width):
             return [attend(width)] if size in attention_resolutions else []
@@ -784,7 +770,6 @@ class SolverConfig(common.LoadConfig):
     steps: int = option(50, "steps from noise to picture", low=1, high=TIMESTEPS)
     seed: int = option(0, "picture i starts from the noise of seed + i", low=0, high=2**62)
     solver: str = option("", "default: euler or, for DDPM, ddim", ("", *SOLVERS["flow"], *SOLVERS["ddpm"]))
-    eta: float = option(0.0, "ddim: new noise in its steps, 0 none, 1 as much as ancestral", low=0.0, high=1.0)
     clip: bool = option(True, "DDPM: clip the predicted data to the training data's range")
     precision: str = option("auto", "of matrix products", choices=("auto", "fp32", "bf16", "fp16"))
     objective: str = option("flow", "what weights without a header learned, such as the write-up's", ("flow", "ddpm"))
@@ -841,8 +826,8 @@ def sample_command(config):
     """A grid of samples, and with --each and --gif single pictures and the way from noise."""
     run = Trained(common.find_weights(config.weights, "unet_ddpm"), config)
     frames, callback = common.record_frames(lambda x: common.make_grid(to_rgb(run.config, x[:16], run.vae)), config.gif)
-    start = dict(seed=config.seed, batch_size=config.batch_size, callback=callback)
-    rgb = run.sample(config.num, config.steps, solver=config.solver, eta=config.eta, clip=config.clip, **start)
+    way = dict(seed=config.seed, solver=config.solver, clip=config.clip, batch_size=config.batch_size)
+    rgb = run.sample(config.num, config.steps, callback=callback, **way)
     common.write_samples(rgb, [f"{config.seed + i:06d}" for i in range(config.num)], config, frames)
 
 
@@ -868,8 +853,7 @@ def evaluate(config):
     run = Trained(common.find_weights(config.weights, "unet_ddpm"), config)
     run.config.data = config.data or run.config.data
     distances = run.distances()
-    way = dict(solver=config.solver, eta=config.eta, clip=config.clip)
-    rgb = run.sample(distances.num, config.steps, seed=config.seed, **way)
+    rgb = run.sample(distances.num, config.steps, seed=config.seed, solver=config.solver, clip=config.clip)
     for name, distance in distances(rgb).items():
         about = f"{distances.num} pictures in {config.steps} steps"
         print(f"{TITLES[name]}, {about}: {distance:.1f} (floor {distances.floor[name]:.1f})")

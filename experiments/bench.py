@@ -28,6 +28,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -210,32 +211,35 @@ def peak_bytes(function):
     return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
+class Attention(nn.Module):
+    """Full self-attention over a map (B, D, h, w), in the place of a Serpentine."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm, self.enter = serpentine_vae.LayerNorm2d(width), nn.Linear(width, 3 * width)
+        self.leave = common.zero_init(nn.Linear(width, width))
+
+    def forward(self, x):
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, N, D)
+        q, k, v = self.enter(tokens).unflatten(2, (3, 4, -1)).permute(2, 0, 3, 1, 4)  # (B, 4, N, D/4) each
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return x + self.leave(mixed).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
 def serpentine(options):
     """A serpentine layer against full self-attention of the same width, forward and backward, one map."""
-    width, heads, fast, memory = 128, 4, common.pick_precision("auto", CPU), {}
+    width, fast, memory = 128, common.pick_precision("auto", CPU), {}
     torch.manual_seed(0)
-    layer, norm = serpentine_vae.Serpentine(width), serpentine_vae.LayerNorm2d(width)
-    enter, leave = torch.nn.Linear(width, 3 * width), torch.nn.Linear(width, width)
-    modules = torch.nn.ModuleList([layer, norm, enter, leave])
-
-    def attend(x):
-        tokens = norm(x).flatten(2).transpose(1, 2)
-        q, k, v = enter(tokens).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return x + leave(mixed).transpose(1, 2).unflatten(2, x.shape[2:])
-
+    layers = {"serpentine": serpentine_vae.Serpentine(width), "torch's attention": Attention(width)}
     for side in (32, 64, 128):
         x = torch.randn(1, width, side, side).to(memory_format=torch.channels_last).requires_grad_()
 
-        def both_ways(block, x=x):
+        def both_ways(layer, x=x):
             with common.autocast(CPU, fast):
-                block(x).float().sum().backward()
-            modules.zero_grad()
+                layer(x).float().sum().backward()
+            layer.zero_grad()
 
-        ways = {
-            "serpentine": partial(both_ways, layer),
-            "torch's attention": partial(both_ways, attend),
-        }
+        ways = {name: partial(both_ways, layer) for name, layer in layers.items()}
         compare(f"{side} x {side}, forward and backward", ways, 5)
         memory[side] = peak_bytes(ways["serpentine"])
         print(f"  the serpentine takes {memory[side] / 2**20:.1f} MiB")
@@ -409,12 +413,10 @@ ROWS |= {row.__name__: row for row in (stream, attention, scan, serpentine, vae,
 def parse(words):
     """The options of a command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}")
+    parser.add_argument("rows", nargs="*", choices=[*ROWS, []], metavar="ROW", help=f"of {', '.join(ROWS)}")
     parser.add_argument("--repo", type=Path, help="another checkout, for the rows train_*, sample_* and stream")
     parser.add_argument("--rounds", type=int, default=3, help="how often each way is measured")
     options = parser.parse_args(words)
-    if unknown := set(options.rows) - set(ROWS):
-        parser.error(f"no row {', '.join(unknown)}; rows: {', '.join(ROWS)}")
     options.repos = {"this code": ROOT} | ({"--repo": options.repo.resolve()} if options.repo else {})
     return options
 

@@ -43,7 +43,6 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
@@ -191,7 +190,6 @@ def crops(variant, seed, steps):
     return jit_distances(seed, steps, num_samples=500, color_fraction=1, full_image_prob=share)
 
 
-@torch.no_grad()
 @claim("JiT, 3 and 4", "shifting RoPE to a crop's place keeps crops consistent", ("shifted", "RoPE not shifted",
        "embedding not shifted"), JIT_STEPS, ("error", "shifted", "RoPE not shifted", -0.01))  # fmt: skip
 def shifted_rope(variant, seed, steps):
@@ -348,7 +346,6 @@ def ddpm_sturdier(variant, seed, steps):
     return {"worst": max(found), "spread": max(found) / min(found), "floor": near.floor["distance"]}
 
 
-@torch.no_grad()
 @claim("Toy-Diffusion", "flow matching maps noise to pictures deterministically, DDPM does not", ("flow", "ddim",
        "ancestral"), 10, ("difference", "flow", "ancestral"))  # fmt: skip
 def deterministic(variant, seed, steps):
@@ -410,7 +407,6 @@ def less_blur(variant, seed, steps):
     return vae_errors(vae_of(seed, steps, decoder=variant))
 
 
-@torch.no_grad()
 @claim("Diffusion", "Squeeze-and-Excitation helps the latents without cost to locality", ("SE", "no SE"), 600,
        ("error", "SE", "no SE"))  # fmt: skip
 def se_context(variant, seed, steps):
@@ -427,22 +423,7 @@ def se_context(variant, seed, steps):
     return vae_errors(vae) | {"context": context.item(), "outside": serpentine_vae.leakage(vae, x)[3]}
 
 
-class Attention(nn.Module):
-    """Full self-attention over a map (B, D, h, w), in the place of a Serpentine."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.norm, self.enter = serpentine_vae.LayerNorm2d(width), nn.Linear(width, 3 * width)
-        self.leave = common.zero_init(nn.Linear(width, width))
-
-    def forward(self, x):
-        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, N, D)
-        q, k, v = self.enter(tokens).unflatten(2, (3, 4, -1)).permute(2, 0, 3, 1, 4)  # (B, 4, N, D/4) each
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return x + self.leave(mixed).transpose(1, 2).unflatten(2, x.shape[2:])
-
-
-SERPENTINES = {"serpentine": serpentine_vae.Serpentine, "attention": Attention, "none": lambda width: nn.Identity()}
+SERPENTINES = {"serpentine": serpentine_vae.Serpentine, "attention": bench.Attention, "none": nn.Identity}
 
 
 @claim("Diffusion", "a serpentine costs less than full self-attention", ("serpentine", "attention"), 10,
@@ -629,10 +610,10 @@ def centred_positions(variant, seed, steps):
     """Trained at 32 pixels, measured at 64. Only the fixed embedding that this file adds differs: RoPE's scores depend
     on differences of positions, and the text moves along with the image, so that its centre changes nothing (exact)."""
 
-    def corner(height, width, dim, device):
-        return common.sincos_2d(torch.cartesian_prod(torch.arange(height), torch.arange(width)), dim)
+    def corner(positions, dim, embed=common.sincos_2d):
+        return embed(positions - positions.min(), dim)
 
-    with replaced(variant == "corner", dit_t2i, "grid_embedding", corner):
+    with replaced(variant == "corner", common, "sincos_2d", corner):
         model, config = dit(seed, steps, "" if variant == "centred" else "corner")
         found = {"error at 64 pixels": picture_errors(model, config, size=64)["error"]}
         return found | {"error": picture_errors(model, config)["error"]}

@@ -6,7 +6,7 @@ import random
 import unicodedata
 
 from common import UserError
-from dit_t2i import CLIP_LENGTH, ClipTextEncoder, ClipTokenizer, byte_symbols
+from dit_t2i import ClipTextEncoder, ClipTokenizer, byte_symbols
 
 import pytest
 import torch
@@ -86,12 +86,10 @@ def varied_texts(count, seed):
         lambda: rng.choice(words) + rng.choice(contractions),
         lambda: rng.choice(contractions),
         lambda: "".join(rng.choices(rng.choice(scripts), k=rng.randint(1, 6))),
-        lambda: "".join(rng.choices(ASSIGNED, k=rng.randint(1, 4))),
         lambda: rng.choice(emoji),
         lambda: rng.choice("aeiouAEOnsᄀかΩ<>=") + "".join(rng.choices(marks, k=rng.randint(1, 3))),
         lambda: str(rng.randint(0, 10**9)) + rng.choice(["", "th", "½", "²", "Ⅷ", "٣٤", "px"]),
         lambda: "".join(rng.choices("!?.,:;-_()[]{}<>|/\\'\"#$%&*+=@^`~", k=rng.randint(1, 6))),
-        lambda: chr(rng.choice([*range(32), 127, *range(0x80, 0xA0)])),
         lambda: "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(1, 12))),
     ]
     lengths = [0, 1, 2, 3, 4, 5, 6, 8, 60]
@@ -119,7 +117,6 @@ def test_ids_equal_transformers_on_every_assigned_code_point(tokenizer, oracle):
 
 def test_known_ids(tokenizer):
     assert tokenizer(["a photo of a cat"])[0].tolist() == [START, 320, 1125, 539, 320, 2368] + [END] * 71
-    assert tokenizer([]).shape == (0, 77)
     assert tokenizer.encode("\ud83d") == tokenizer.encode("?")  # half an emoji, as broken JSON has it
 
 
@@ -152,11 +149,12 @@ def test_every_published_form_gives_the_same_ids(tokenizer, tokenizer_json, publ
 
 def test_missing_or_broken_tokenizer_files_are_one_line(tmp_path, tokenizer_json):
     one_line(lambda: ClipTokenizer(tmp_path), tmp_path, "merges.txt", "openai/clip-vit-large-patch14")
-    one_line(lambda: ClipTokenizer(tmp_path / "nowhere"), "nowhere", "merges.txt", "openai/clip-vit-large-patch14")
-    broken = [("merges.txt", text) for text in (b"", b"\xff\xfe\x00", MERGES[:300_001].encode(), b"a b c\n" * 50_000)]
-    broken += [("merges.txt.gz", gzip.compress(MERGES.encode())[:99_999])]
-    broken += [("tokenizer.json", text) for text in (tokenizer_json.read_bytes()[:999_999], b"{}", b"[]")]
-    for name, content in broken:
+    for name, content in [
+        ("merges.txt", MERGES[:300_001].encode()),
+        ("merges.txt.gz", gzip.compress(MERGES.encode())[:99_999]),
+        ("tokenizer.json", tokenizer_json.read_bytes()[:999_999]),
+        ("tokenizer.json", b"{}"),
+    ]:
         (tmp_path / name).write_bytes(content)
         one_line(lambda name=name: ClipTokenizer(tmp_path / name), tmp_path / name)
 
@@ -180,24 +178,14 @@ def scramble(model, seed=0):
     return model.eval()
 
 
-@pytest.fixture(scope="module")
-def full_size(tmp_path_factory):
-    """transformers' ViT-L/14 text model with random weights, and the folder where it saved itself."""
-    with torch.device("meta"):
-        model = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12))
-    model = CLIPTextModel._from_config(model.config, attn_implementation="eager")
-    folder = tmp_path_factory.mktemp("clip")
-    scramble(model).save_pretrained(folder)
-    yield model, folder
-    (folder / "model.safetensors").unlink()  # half a gigabyte
-
-
-def test_full_size_equals_transformers(full_size, tokenizer, oracle):
-    theirs, folder = full_size
-    ours = ClipTextEncoder.load(folder)
+def test_full_size_equals_transformers(tokenizer, oracle, tmp_path):
+    config = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
+    theirs = scramble(CLIPTextModel._from_config(config, attn_implementation="eager"))
+    theirs.save_pretrained(tmp_path)
+    ours = ClipTextEncoder.load(tmp_path)
+    (tmp_path / "model.safetensors").unlink()  # half a gigabyte
     layout = {f"text_model.{name}": shape for name, shape in shapes(ours.state_dict()).items()}
     assert layout == read_fixture("clip_l_text")
-    assert sum(p.numel() for p in ours.parameters()) == 123_060_480
     assert not ours.training and not any(p.requires_grad for p in ours.parameters())
 
     texts = ["", "a cat", "a photo of a cat, " * 30]
@@ -210,29 +198,16 @@ def test_full_size_equals_transformers(full_size, tokenizer, oracle):
     assert plain.std() > 0.5
     assert (ours(ids) - plain).abs().max() < 1e-4
     assert (ours(ids, mask_padding=True) - masked).abs().max() < 1e-4
-    assert not ours(ids).requires_grad and ours(ids).shape == (3, CLIP_LENGTH, 768)
 
 
 @pytest.fixture
 def small(tmp_path):
-    """(transformers' small text model, its folder, ids, expected states)."""
-    model = scramble(CLIPTextModel(CLIPTextConfig(**SMALL)))
+    """(transformers' small text model, whose weights 16 bits can hold, its folder, ids, expected states)."""
+    model = scramble(CLIPTextModel(CLIPTextConfig(**SMALL))).half().float()
     model.save_pretrained(tmp_path / "small")
     ids = torch.randint(298, (2, 77), generator=torch.Generator().manual_seed(1))
-    ids[0, 9:], ids[1, 76] = 299, 299
     with torch.no_grad():
         return model, tmp_path / "small", ids, model(input_ids=ids).last_hidden_state
-
-
-def test_padding_mask_hides_all_after_the_first_end_and_texts_may_be_short(small):
-    model, folder, ids, plain = small
-    encoder = ClipTextEncoder.load(folder)
-    mask = torch.ones(2, 77, dtype=torch.int64)
-    mask[0, 10:] = 0  # the end token itself, at 9, is seen
-    with torch.no_grad():
-        expected = model(input_ids=ids, attention_mask=mask).last_hidden_state
-    assert (encoder(ids, mask_padding=True) - expected).abs().max() < 1e-4
-    assert (encoder(ids[:, :7]) - plain[:, :7]).abs().max() < 1e-4
 
 
 def test_every_published_layout_loads_alike(small, tmp_path):
@@ -258,41 +233,20 @@ def test_every_published_layout_loads_alike(small, tmp_path):
         larger.text_model.load_state_dict(model.state_dict())
         paths.append(tmp_path / type(larger).__name__)
         larger.save_pretrained(paths[-1])
-    for path in paths + [tmp_path / f"{name}.safetensors" for name in layouts]:
-        assert (ClipTextEncoder.load(path)(ids) - expected).abs().max() < 1e-4, path
-
-
-def test_16_bit_weights_become_float32(small, tmp_path):
-    model, folder, ids, _ = small
-    half = {k: v.half() for k, v in load_file(folder / "model.safetensors").items()}
-    save_file(half, tmp_path / "model.fp16.safetensors")
-    model.load_state_dict({k: v.float() for k, v in half.items()})
-    with torch.no_grad():
-        expected = model(input_ids=ids).last_hidden_state
-    ours = ClipTextEncoder.load(tmp_path)
-    assert {p.dtype for p in ours.parameters()} == {torch.float32}
-    assert (ours(ids) - expected).abs().max() < 1e-4
+    save_file({k: v.half() for k, v in bare.items()}, tmp_path / "model.fp16.safetensors")
+    for path in [*paths, tmp_path, *(tmp_path / f"{name}.safetensors" for name in layouts)]:
+        encoder = ClipTextEncoder.load(path)
+        assert {p.dtype for p in encoder.parameters()} == {torch.float32}
+        assert (encoder(ids) - expected).abs().max() < 1e-4, path
 
 
 def test_foreign_and_broken_weights_are_one_line(small, tmp_path):
-    _, folder, _, _ = small
-    bare = load_file(folder / "model.safetensors")
-    file = tmp_path / "file.safetensors"
-
-    def fails(tensors, *wanted):
-        save_file(tensors, file)
-        one_line(lambda: ClipTextEncoder.load(file), file, *wanted)
-
+    bare, file = load_file(small[1] / "model.safetensors"), tmp_path / "file.safetensors"
     one_line(lambda: ClipTextEncoder.load(tmp_path), tmp_path, "model.safetensors", "openai/clip-vit-large-patch14")
-    one_line(lambda: ClipTextEncoder.load(tmp_path / "nowhere"), "nowhere", "model.safetensors")
-    fails({"encoder.block.0.layer.0.SelfAttention.q.weight": torch.ones(2, 2)}, "not a readable text encoder")
-    fails({"embeddings.token_embedding.weight": torch.ones(2, 2)}, "not a readable text encoder")
-    fails({k: v for k, v in bare.items() if k != "final_layer_norm.bias"}, "final_layer_norm.bias is missing")
-    fails({k: v for k, v in bare.items() if "layers.1.layer_norm1" not in k}, "layers.1")
-    fails(bare | {"encoder.layers.0.mlp.fc2.bias": torch.ones(7)}, "encoder.layers.0.mlp.fc2.bias")
-    fails(bare | {"encoder.layers.0.self_attn.rel.weight": torch.ones(7)}, "is unknown")
-    file.write_bytes((folder / "model.safetensors").read_bytes()[:99_999])
-    one_line(lambda: ClipTextEncoder.load(file), file)
-    for content in ([1, 2], {"state_dict": None}, {"a": "b"}):
-        torch.save(content, tmp_path / "file.bin")
-        one_line(lambda: ClipTextEncoder.load(tmp_path / "file.bin"), "file.bin")
+    for weights, wanted in [
+        ({"encoder.block.0.layer.0.SelfAttention.q.weight": torch.ones(2, 2)}, "not a readable text encoder"),
+        ({"embeddings.token_embedding.weight": torch.ones(2, 2)}, "not a readable text encoder"),
+        ({k: v for k, v in bare.items() if k != "final_layer_norm.bias"}, "final_layer_norm.bias is missing"),
+    ]:
+        save_file(weights, file)
+        one_line(lambda: ClipTextEncoder.load(file), file, wanted)

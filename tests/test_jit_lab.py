@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import TINY, random_weights, read_fixture, shapes
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from skimage import color
 
 
@@ -53,12 +53,10 @@ def test_jumps_of_a_straight_way_all_have_its_velocity_and_cover_it():
     assert torch.allclose(velocity, (end - start).repeat(7, 1, 1, 1), atol=1e-5)
     assert times[0] == 0 and times[-1] == 1 and times[1] < 0.25
     for k, steps in enumerate(jit_lab.FEW_STEPS):  # each picture's steps, one after the other, are those of the sampler
-        wanted = jit_lab.few_times(steps)
+        wanted = torch.tensor(jit_lab.few_times(steps))
         for picture in range(2):
             of = [i for i in range(picture, 14, 2) if label[i] == k]
-            assert torch.allclose(t[of], torch.tensor(wanted[:-1])) and torch.allclose(
-                t_next[of], torch.tensor(wanted[1:])
-            )
+            assert torch.allclose(t[of], wanted[:-1]) and torch.allclose(t_next[of], wanted[1:])
 
 
 def test_distilled_model_lands_near_the_end_of_the_way_that_it_was_shown(tmp_path, capsys):
@@ -387,21 +385,14 @@ def test_official_checkpoint_loads_with_its_namespace_sizes_and_space(tmp_path):
     assert (config.space, config.image_size, config.depth, config.num_heads) == ("rgb", 16, 12, 2)
 
 
-def test_checkpoint_that_does_not_fit_is_named(tmp_path):
-    path = tmp_path / "model.safetensors"
-    save_model(path, tiny_config())
-    weights, header = common.load_tensors(path)
-
-    def message(weights, header=header):
-        common.save_tensors(path, weights, header)
-        with pytest.raises(UserError) as problem:
-            jit_lab.load_model(path, "cpu")
-        return str(problem.value)
-
-    assert "blocks.0.norm1.weight is missing" in message({k: weights[k] for k in weights if "0.norm1" not in k})
-    assert "is (5,), not (32,)" in message(weights | {"blocks.0.norm1.weight": torch.zeros(5)})
-    assert "checkpoint of dit_t2i" in message(weights, header | {"system": "dit_t2i"})
-    assert "not a readable checkpoint of a JiT" in message({"weight": torch.zeros(3)}, None)
+@pytest.mark.parametrize(
+    "header, message",
+    [({"system": "dit_t2i"}, "checkpoint of dit_t2i"), (None, "not a readable checkpoint of a JiT")],
+)
+def test_checkpoint_of_another_model_is_refused(tmp_path, header, message):
+    common.save_tensors(tmp_path / "model.safetensors", {"weight": torch.zeros(3)}, header)
+    with pytest.raises(UserError, match=message):
+        jit_lab.load_model(tmp_path, "cpu")
 
 
 # ---- novelty ----
@@ -428,16 +419,10 @@ def test_lpips_equals_the_reference_package(lpips_files):
     x = torch.rand(4, 3, 80, 80, generator=torch.Generator().manual_seed(1))
     ours = (lpips(x[:2]) - lpips(x[2:])).square().sum(1)
     assert torch.allclose(ours, torch.tensor(read_fixture("lpips")["distances"]), rtol=1e-4)
-    heads = load_file(lpips_files[1])
-    save_file({name: head for name, head in heads.items() if "lin3" not in name}, lpips_files[1])
-    with pytest.raises(UserError, match=r"heads.safetensors does not fit this model: 3 is missing"):
-        common.Lpips.load(*lpips_files)
 
 
-@pytest.mark.parametrize("kind", ["pixels", "lpips"])
-def test_nearest_picture_is_the_one_that_a_loop_finds(lpips_files, kind):
-    metric = jit_lab.pixel_features if kind == "pixels" else common.Lpips.load(*lpips_files)
-    pictures = random_rgb(60, 40)
+def test_nearest_picture_is_the_one_that_a_loop_finds():
+    metric, pictures = jit_lab.pixel_features, random_rgb(60, 40)
     queries = (pictures[[7, 31]] / 255 + 0.02 * torch.randn(2, 3, 40, 40)).clamp(0, 1)
     distances, index = jit_lab.nearest(metric, queries, pictures, batch_size=13)
     features = metric(pictures / 255)

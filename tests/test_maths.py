@@ -38,19 +38,15 @@ def test_rope_rotates_each_pair_by_its_row_or_column():
             assert ours[0, n, 2 * pair : 2 * pair + 2].tolist() == pytest.approx([turned.real, turned.imag], abs=1e-5)
 
 
-@pytest.mark.parametrize("shift", [(5, 0), (0, 5), (7, 3)])
-def test_rope_scores_depend_on_relative_position_only(shift):
-    q, k = torch.randn(2, 12, 16)
+def test_rope_scores_depend_on_relative_position_only():
+    (q, k), here = torch.randn(2, 12, 16), torch.cartesian_prod(torch.arange(3), torch.arange(4))
+    there = here + torch.tensor([7, 3])
 
-    def scores(q_shift, k_shift):
-        q_rope, k_rope = (
-            common.rope_2d(torch.cartesian_prod(torch.arange(3) + down, torch.arange(4) + right), 16)
-            for down, right in (q_shift, k_shift)
-        )
-        return common.apply_rope(q, q_rope) @ common.apply_rope(k, k_rope).T
+    def scores(q_places, k_places):
+        return common.apply_rope(q, common.rope_2d(q_places, 16)) @ common.apply_rope(k, common.rope_2d(k_places, 16)).T
 
-    torch.testing.assert_close(scores((0, 0), (0, 0)), scores(shift, shift), atol=1e-4, rtol=0)
-    assert (scores((0, 0), (0, 0)) - scores(shift, (0, 0))).abs().max() > 0.1
+    torch.testing.assert_close(scores(here, here), scores(there, there), atol=1e-4, rtol=0)
+    assert (scores(here, here) - scores(there, here)).abs().max() > 0.1
 
 
 def test_plain_attention_equals_the_fused_kernel():
@@ -149,22 +145,17 @@ def test_samplers_equal_diffusers_step_by_step(clip, eta, monkeypatch):
     """Twenty steps of the thousand with the same noise and the same made-up network, which clipping changes. eta None:
     ddpm_step, else ddim_step."""
     kind = DDPMScheduler if eta is None else DDIMScheduler
-    extra = {} if eta is None else {"set_alpha_to_one": True}
-    theirs = kind(beta_start=1e-4, beta_end=2e-2, clip_sample=clip, timestep_spacing="leading", **extra)
+    theirs = kind(beta_start=1e-4, beta_end=2e-2, clip_sample=clip, timestep_spacing="leading")
     theirs.set_timesteps(20)
     assert torch.equal(common.linear_betas(1000), theirs.betas)
     alpha_bars = common.alphas_cumprod(common.linear_betas(1000))
-    x = theirs_x = torch.randn(2, 3, 4, 4)
-    changed = 0
+    x, changed = torch.randn(2, 3, 4, 4), 0
     for t in theirs.timesteps.tolist():
         alpha_bar, alpha_bar_next = alpha_bars[t], alpha_bars[t - 50] if t >= 50 else torch.tensor(1.0)
         noise, eps = torch.randn_like(x), torch.tanh(x) * 0.8
-        options = {"generator": None} if eta is None else {"eta": eta, "use_clipped_model_output": clip}
-        if eta is not None:
-            options["variance_noise"] = noise
-        else:
-            monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *a, n=noise, **k: n)
-        theirs_x = theirs.step(eps, t, theirs_x, **options).prev_sample
+        monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *a, n=noise, **k: n)
+        options = {} if eta is None else dict(eta=eta, use_clipped_model_output=clip, variance_noise=noise)
+        theirs_x = theirs.step(eps, t, x, **options).prev_sample
         if clip:
             clipped = common.clip_x0(x, eps, alpha_bar, 1.0)
             changed += (clipped - eps).abs().max() > 0.01
@@ -174,5 +165,4 @@ def test_samplers_equal_diffusers_step_by_step(clip, eta, monkeypatch):
         else:
             x = common.ddim_step(x, eps, alpha_bar, alpha_bar_next, eta, noise)
         torch.testing.assert_close(x, theirs_x, atol=2e-4, rtol=1e-4)
-        theirs_x = x
     assert not clip or changed > 5

@@ -70,7 +70,6 @@ def test_captions_follow_the_grammar_use_everything_and_are_short_and_plain():
     assert set(seen.thing) == set(THINGS) and set(seen.thing2) == {None, *THINGS}
     assert set(seen.place) == {None, *PLACES} and set(seen.background) == {None, *BACKGROUNDS}
     assert min(seen.colour.values()) > 180 and min(seen.thing.values()) > 70  # none is rare
-    assert len(THINGS) >= 15 and len(COLOURS) >= 11 and len(BACKGROUNDS) >= 12
     words = {word for caption in captions for word in caption.replace(",", "").split()}
     assert len(words) <= 60 and all(word.isalpha() and word.islower() for word in words)
     assert not any(re.search(r"\ba [aeiou]|\ban [^aeiou]", caption) for caption in captions)
@@ -146,12 +145,3 @@ def test_things_stand_out_from_their_background(scenes):
     for picture, empty, words in scenes:
         away = far(picture, median_filter(empty, (5, 5, 1)))  # without the stars of the night, which are single pixels
         assert away[(far(picture, PURE[words.colour]) < 42) & (away > 20)].min() > 40, words
-
-
-def test_a_new_entry_is_a_new_thing(monkeypatch):
-    diamond = [[0, -1], [1, 0], [0, 1], [-1, 0]]
-    monkeypatch.setitem(TABLES, "things", {"pebble": [["body", diamond]]})
-    crimson = {"body": "#b00030", "deep": "#800020", "avoid": []}
-    monkeypatch.setitem(TABLES, "colours", COLOURS | {"crimson": crimson})
-    captions = {paint_scene(seed, 16)[1] for seed in range(200)}
-    assert "a crimson pebble" in captions and all("pebble" in caption for caption in captions)

@@ -5,6 +5,7 @@ import itertools
 import math
 import subprocess
 import sys
+from collections import Counter
 
 import common
 import serpentine_vae as serpentine
@@ -19,9 +20,9 @@ from conftest import ENVIRONMENT, ROOT, random_weights
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-# A run so small that it takes a second.
-SMALL = dict(image_size=32, channels=4, vae_width=8, vae_steps=6, width=16, depth=1, num_timesteps=20, vae_batch_size=4)
-SMALL |= dict(steps=6, batch_size=4, lr=1e-3, device="cpu", precision="fp32", compile=False)
+# A run that takes a few seconds, most of them for the VAE.
+SMALL = dict(image_size=32, channels=4, vae_width=16, vae_steps=80, vae_batch_size=8, vae_lr=5e-3, width=16, depth=1)
+SMALL |= dict(num_timesteps=20, steps=6, batch_size=4, lr=1e-3, device="cpu", precision="fp32", compile=False)
 SMALL_FLAGS = [word for k, v in SMALL.items() if k != "compile" for word in ("--" + k.replace("_", "-"), str(v))]
 FAST = dict(steps=4, precision="fp32")
 
@@ -113,12 +114,12 @@ def test_scan_and_its_gradients_are_eight_naive_loops_along_the_paths(height, wi
     a = (a > 0.01).double() if gates == "extreme" else 1 - 0.2 * a**2  # 0 forgets all, 1 nothing
     b, weight = torch.randn(2, 2, count, 16, dtype=torch.float64)
     a, b = a.requires_grad_(), b.requires_grad_()
-    expected = torch.zeros_like(b)
+    parts = []
     for k, direction in enumerate(DIRECTIONS):
         part, order = slice(2 * k, 2 * k + 2), serpentine.serpentine_order(height, width, direction)
-        along = torch.zeros(2, count, 2, dtype=torch.float64)
-        along[:, order] = naive_scan(a[:, order, part], b[:, order, part])
-        expected = torch.cat((expected[..., : 2 * k], along, expected[..., 2 * k + 2 :]), dim=2)
+        along = naive_scan(a[:, order, part], b[:, order, part])
+        parts.append(along[:, order.argsort()])
+    expected = torch.cat(parts, dim=2)
     ours = serpentine.scan_map(a, b, height, width)
     assert (ours - expected).abs().max() < 1e-12
     for x, y in zip(*(torch.autograd.grad((h * weight).sum(), (a, b)) for h in (ours, expected))):
@@ -270,38 +271,31 @@ def test_resampling_goes_back_by_the_forward_process_and_clamps_again():
 
 
 @torch.no_grad()
-def test_every_position_and_the_time_matter_to_every_position_of_the_denoiser():
+def test_every_position_and_its_time_matter_to_every_position_of_the_denoiser():
     x, t = torch.randn(2, 4, 5, 7), torch.tensor([3.0, 700.0])
     model = Denoiser(4, 16, (1, 2), 1)
     assert (model(x, t) == 0).all()  # a fresh one predicts zero
     out = random_weights(model)(x, t)
-    assert (model(x, t + 1) - out).abs().amax(dim=(1, 2, 3)).min() > 1e-6
     assert (model(nudged(x, 0, 0, 0), t) - out)[:, :, 4, 6].abs().min() > 0
+    assert torch.allclose(model(x, t, torch.ones(1, 1, 5, 7)), model(x, torch.zeros(2)), atol=1e-5)
+    assert torch.equal(model(x, t, torch.zeros(2, 1, 5, 7)), out)
+    assert not torch.allclose(model(x, t, torch.ones(1, 1, 5, 7)), out, atol=1e-2)
 
 
-def test_sample_i_depends_on_its_own_seed_only():
-    model, config = small_model()
-    for solver in ("ddim", "ancestral"):
-        together = serpentine.sample(model, config, num=5, seed=3, solver=solver, **FAST)
-        assert together.shape == (5, 3, 32, 32)
-        one = serpentine.sample(model, config, num=2, seed=5, solver=solver, batch_size=1, **FAST)
-        assert torch.allclose(one, together[2:4], atol=1e-5)
-        assert (together[0] - together[1]).abs().max() > 0.001
-    with pytest.raises(UserError, match="denoiser has 20 steps"):
-        serpentine.sample(model, config, steps=21)
+@pytest.mark.parametrize("predict", ["eps", "v"])
+def test_a_denoiser_that_knows_the_latent_is_led_to_it_within_the_range_of_the_training_set(predict, monkeypatch):
+    (model, config), latent, schedule = small_model(), torch.randn(2, 4, 3, 3), serpentine.noise_schedule(20)
+    config = dataclasses.replace(config, predict=predict)
 
+    def forward(self, x, t, known=None):
+        alpha_bar = schedule[int(t[0])]
+        noise = (x - alpha_bar.sqrt() * latent) / (1 - alpha_bar).sqrt()
+        return noise if predict == "eps" else alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latent
 
-def test_the_clean_latent_of_each_step_is_kept_in_the_range_of_the_training_set():
-    model, config = small_model()
-    model.vae.mean.zero_(), model.vae.std.fill_(1.0)
-    with torch.no_grad():
-        model.denoiser.conv_out.weight.mul_(50)
-    largest = {}
-    for model.latent_range in (0.25, None):
-        latents = serpentine.sample_latents(model, config, serpentine.SampleConfig(num=2, **FAST), (4, 3, 3))
-        largest[model.latent_range] = latents.abs().max()
-    assert largest[0.25] <= 0.25 + 1e-5  # the last step ends at what it predicts
-    assert largest[None] > 0.5
+    monkeypatch.setattr(Denoiser, "forward", forward)
+    for model.latent_range, wanted in ((None, latent), (0.5, latent.clamp(-0.5, 0.5))):
+        made = serpentine.sample_latents(model, config, serpentine.SampleConfig(num=2, **FAST), (4, 3, 3))
+        assert torch.allclose(model.vae.normalise(made), wanted, atol=1e-3)
 
 
 # ---- inpainting ----
@@ -369,37 +363,14 @@ def test_blend_carries_the_difference_over_the_border_where_it_fades():
         distance = column - 19  # from the last kept column
         wanted = 0.0 if distance <= 1 else 0.1 * (1 - 0.85 ** (distance - 1)) if distance <= 8 else 0.1
         assert torch.allclose(off[..., column], torch.full_like(off[..., column], wanted), atol=1e-6)
-    assert torch.equal(serpentine.blend(original, made, keep)[..., :20], original[..., :20])
     made[..., 20:] = original[..., 20:]  # a difference in the kept part alone
-    assert serpentine.blend(original, made, keep)[..., 20].sub(original[..., 20]).mean() == pytest.approx(
-        -0.1, abs=1e-6
-    )
-
-
-@pytest.mark.parametrize("predict", ["eps", "v"])
-def test_a_denoiser_that_knows_the_latent_is_led_to_it(predict, monkeypatch):
-    (model, config), latent = small_model(), torch.randn(2, small_model()[1].channels, 3, 3)
-    config, schedule = dataclasses.replace(config, predict=predict), serpentine.noise_schedule(config.num_timesteps)
-
-    def forward(self, x, t, known=None):
-        alpha_bar = schedule[int(t[0])]
-        noise = (x - alpha_bar.sqrt() * latent) / (1 - alpha_bar).sqrt()
-        return noise if predict == "eps" else alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latent
-
-    monkeypatch.setattr(Denoiser, "forward", forward)
-    model.latent_range = None
-    made = serpentine.sample_latents(
-        model, config, serpentine.SampleConfig(num=2, steps=4, precision="fp32"), latent[0].shape
-    )
-    assert torch.allclose(model.vae.normalise(made), latent, atol=1e-3)
+    off = serpentine.blend(original, made, keep) - original
+    assert off[..., 20].mean() == pytest.approx(-0.1, abs=1e-6)
 
 
 def test_each_position_has_the_time_of_what_it_holds():
-    block, x, known = (
-        random_weights(serpentine.Block(8, 16, 12)),
-        torch.randn(2, 8, 3, 5),
-        torch.rand(2, 1, 3, 5).round(),
-    )
+    block, x = random_weights(serpentine.Block(8, 16, 12)), torch.randn(2, 8, 3, 5)
+    known = torch.rand(2, 1, 3, 5).round()
     emb, clean_emb = torch.randn(2, 12), torch.randn(1, 12)
     h = block.norm2(block.conv1(F.silu(block.norm1(x))))
     scale, shift = torch.empty(2, 16, 3, 5), torch.empty(2, 16, 3, 5)
@@ -409,20 +380,12 @@ def test_each_position_has_the_time_of_what_it_holds():
     h = block.shortcut(x) + block.conv2(F.silu(h * (1 + scale) + shift))
     assert torch.allclose(block(x, emb, clean_emb, known), block.serpentine(h), atol=1e-5)
 
-    denoiser, x, t = random_weights(Denoiser(4, 16, (1, 2), 1)), torch.randn(2, 4, 5, 7), torch.tensor([9.0, 700.0])
-    assert torch.allclose(denoiser(x, t, torch.ones(1, 1, 5, 7)), denoiser(x, torch.zeros(2)), atol=1e-5)
-    assert torch.equal(denoiser(x, t, torch.zeros(2, 1, 5, 7)), denoiser(x, t))
-    assert not torch.allclose(denoiser(x, t, torch.ones(1, 1, 5, 7)), denoiser(x, t), atol=1e-2)
-
 
 def test_known_positions_in_training_are_the_inside_or_the_outside_of_rectangles():
-    rng = (common.BatchRng(2000, 0, rows=rows) for rows in (slice(None), slice(1500, 1700)))
-    masks, some = (serpentine.random_known(part, 6, 9, 0.5)[:, 0] for part in rng)
-    assert torch.equal(masks[1500:1700], some) and masks.shape == (2000, 6, 9)
-    kinds = {"none": 0, "inside": 0, "outside": 0}
+    masks = serpentine.random_known(common.BatchRng(2000, 0), 6, 9, 0.5)[:, 0]
+    kinds = Counter()
     for mask in masks:
-        filled = [m.any(1)[:, None] & m.any(0) for m in (mask, ~mask)]
-        inside, outside = torch.equal(filled[0], mask), torch.equal(filled[1], ~mask)
+        inside, outside = (torch.equal(m.any(1)[:, None] & m.any(0), m) for m in (mask, ~mask))
         assert inside or outside
         kinds["none" if not mask.any() else "inside" if inside else "outside"] += 1
     assert abs(kinds["none"] - 1000) < 100 and min(kinds["inside"], kinds["outside"]) > 400
@@ -449,12 +412,13 @@ def test_a_denoiser_trained_on_known_positions_is_given_them_and_needs_few_calls
         assert known is None if not known_prob else torch.equal(known[0, 0], serpentine.keep_positions(keep))
 
 
-def test_a_picture_for_each_result_gives_what_each_alone_gives_in_any_batches():
+@pytest.mark.parametrize("solver", ["ddim", "ancestral"])
+def test_result_i_depends_on_its_own_seed_and_picture_only(solver):
     (model, config), x, keep = small_model(), torch.rand(3, 3, 24, 24) * 2 - 1, torch.ones(24, 24)
     keep[8:16, 8:16] = 0
-    _, together = serpentine.inpaint(model, config, x, keep, num=3, batch_size=2, **FAST)
+    _, together = serpentine.inpaint(model, config, x, keep, num=3, batch_size=2, solver=solver, **FAST)
     for i in range(3):
-        _, alone = serpentine.inpaint(model, config, x[i : i + 1], keep, num=1, seed=i, **FAST)
+        _, alone = serpentine.inpaint(model, config, x[i : i + 1], keep, num=1, seed=i, solver=solver, **FAST)
         assert torch.allclose(alone[0], together[i], atol=1e-5)
 
 
@@ -497,17 +461,11 @@ def test_leakage_is_what_a_change_of_the_middle_position_does_outside_its_tile()
 
 
 def test_load_returns_both_models_and_after_train_vae_the_vae(trained):
-    vae, denoiser = serpentine.load(trained / "model.safetensors")
-    alone, none = serpentine.load(f"{trained}-vae/model.safetensors")
-    assert none is None
+    (vae, denoiser), (alone, none) = (serpentine.load(path) for path in (trained, f"{trained}-vae"))
+    assert isinstance(denoiser, Denoiser) and none is None
     for (name, a), b in zip(vae.state_dict().items(), alone.state_dict().values()):
         assert torch.equal(a, b), name
-    stored = load_file(trained / "model.safetensors")
-    assert all(torch.equal(stored[f"denoiser.{name}"], v) for name, v in denoiser.state_dict().items())
     assert not torch.equal(vae.std, torch.ones(4))  # measured
-    for folder in (trained, common.Path(f"{trained}-vae")):
-        files = {path.name for path in folder.iterdir()}
-        assert {"model.safetensors", "state.safetensors", "log.csv", "index.html", "samples"} <= files
     with pytest.raises(UserError, match="without a denoiser"):
         serpentine.sample(*serpentine.load_model(f"{trained}-vae"))
     with pytest.raises(UserError, match=r"not a checkpoint of serpentine_vae\.py"):
@@ -529,7 +487,6 @@ def test_the_denoiser_takes_the_sizes_of_its_vae_and_goes_on_with_the_vae_in_its
 
 
 def test_the_denoiser_learns_in_the_latents_of_a_published_vae(pictures, tmp_path):
-    torch.manual_seed(0)
     vae = common.TAEF2()
     for half in ("encoder", "decoder"):
         save_file(getattr(vae, half).state_dict(), tmp_path / f"taef2_{half}.safetensors")
@@ -573,12 +530,9 @@ def test_held_out_pictures_are_not_trained_on_and_the_same_in_every_stage(pictur
     assert len(serpentine.unseen_pictures(config.data, dataclasses.replace(config, data=("elsewhere",)))) == 24
 
 
-def test_training_teaches_the_vae_to_reconstruct(pictures, tmp_path):
-    own = dict(image_size=32, channels=4, vae_width=16, batch_size=8, lr=5e-3, device="cpu", precision="fp32")
-    out, data = tmp_path / "vae", (str(pictures),)
-    serpentine.train_vae(VAEConfig(**own, steps=80, compile=False, data=data, out=str(out)))
-    model, config = serpentine.load_model(out)
-    held_out = serpentine.unseen_pictures(data, config)
+def test_training_teaches_the_vae_to_reconstruct(trained):
+    model, config = serpentine.load_model(trained)
+    held_out = serpentine.unseen_pictures(config.data, config)
     grey = -10 * (held_out / 255 - 0.5).square().mean().log10()  # of a picture that is all mid-grey
     assert serpentine.psnr_and_ssim(model.vae, held_out)[0] > grey + 3
 
@@ -595,8 +549,9 @@ def test_training_teaches_the_denoiser_to_predict_the_noise(trained, pictures, t
     assert (eps - noise).square().mean() < 0.5  # 1 of a network that predicts zero, more of one that predicts -noise
 
 
+@pytest.mark.parametrize("predict", ["eps", "v"])
 def test_training_noises_latents_and_mirrored_ones_to_the_timestep_that_the_denoiser_gets(
-    trained, pictures, tmp_path, monkeypatch
+    predict, trained, pictures, tmp_path, monkeypatch
 ):
     noised, asked, losses = [], [], []
 
@@ -606,17 +561,15 @@ def test_training_noises_latents_and_mirrored_ones_to_the_timestep_that_the_deno
 
     def forward(self, x, t, known=None, honest=Denoiser.forward):
         asked.append(t)
-        eps = honest(self, x, t, known)
+        output = honest(self, x, t, known)
         if self.training:  # where a latent is known, it is clean, and its prediction does not count
-            latent, noise, _ = noised[-1]
-            by_hand = [[] for _ in latent]
-            for i, row, column in itertools.product(range(4), range(4), range(4)):
-                clean = torch.equal(x[i, :, row, column], latent[i, :, row, column])
-                assert clean == known[i, 0, row, column]
-                if not clean:
-                    by_hand[i].append((eps - noise)[i, :, row, column].detach().square().mean())
-            losses.append(torch.tensor([float(sum(part)) / max(1, len(part)) for part in by_hand]))
-        return eps
+            latent, noise, alpha_bar = noised[-1]
+            clean, alpha_bar = (x == latent).all(dim=1), alpha_bar[:, None, None, None]
+            assert torch.equal(known[:, 0], clean)
+            target = noise if predict == "eps" else alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latent
+            parts = [e[:, ~c].square() for e, c in zip((output - target).detach(), clean)]
+            losses.append(torch.stack([part.mean() if part.numel() else torch.tensor(0.0) for part in parts]))
+        return output
 
     def add(self, loss, times, honest=common.Run.add):
         assert torch.allclose(loss, losses[-1], atol=1e-5)
@@ -625,14 +578,13 @@ def test_training_noises_latents_and_mirrored_ones_to_the_timestep_that_the_deno
     monkeypatch.setattr(serpentine, "add_noise", add_noise)
     monkeypatch.setattr(Denoiser, "forward", forward)
     monkeypatch.setattr(common.Run, "add", add)
-    config = settings(pictures, tmp_path / "run", vae=f"{trained}-vae", steps=20, flip=0.5, known_prob=0.5)
+    changes = dict(vae=f"{trained}-vae", steps=20, flip=0.5, known_prob=0.5, predict=predict)
+    config, schedule = settings(pictures, tmp_path / "run", **changes), serpentine.noise_schedule(20)
     assert serpentine.train(config) == 0
-    schedule = serpentine.noise_schedule(20)
     assert len(noised) == len(losses) == 20
     assert all(torch.equal(alpha_bar, schedule[t.long()]) for (*_, alpha_bar), t in zip(noised, asked))
     times = {t.item() for t in torch.cat(asked[:20])}  # 80 numbers
-    assert times <= set(range(1, 21))
-    assert len(times) > 15
+    assert times <= set(range(1, 21)) and len(times) > 15
     vae, x = serpentine.load(trained)[0], serpentine.load_data(config)[0] / 127.5 - 1
     with torch.no_grad():
         plain, mirrored = (vae.normalise(vae.encode(way)) for way in (x, x.flip(-1)))
@@ -651,6 +603,8 @@ def test_settings_that_cannot_be_are_refused(changes, says, pictures, tmp_path):
         Denoiser(width=20)
     with pytest.raises(UserError, match="multiple of 64"):
         VAE(4, 8, 1, "global")
+    with pytest.raises(UserError, match="denoiser has 20 steps"):
+        serpentine.sample(*small_model(), steps=21)
 
 
 # ---- command line ----
@@ -685,7 +639,7 @@ def test_inpaint_writes_results_and_a_sheet_and_keeps_what_is_white(invert, trai
         assert gif.n_frames == 5
 
 
-def test_bad_pictures_and_masks_are_one_line(trained, pictures, tmp_path, capsys):
+def test_bad_pictures_and_masks_are_refused(trained, pictures, tmp_path, capsys):
     picture, text, white = pictures / "00.png", tmp_path / "x", tmp_path / "white.png"
     text.write_text("no picture")
     wide = save_mask(tmp_path / "wide.png", (48, 32))
@@ -699,10 +653,7 @@ def test_bad_pictures_and_masks_are_one_line(trained, pictures, tmp_path, capsys
         (("--image", picture, "--mask", white), "keeps everything"),
     ]:
         assert main("inpaint", "--weights", trained, "--device", "cpu", *words) == 2
-        err = capsys.readouterr().err
-        assert says in err
-        assert err.startswith("error: ")
-        assert err.count("\n") == 1
+        assert says in capsys.readouterr().err
 
 
 def test_reconstruct_measures_a_picture_of_any_size(trained, pictures, tmp_path, capsys):
@@ -716,23 +667,17 @@ def test_reconstruct_measures_a_picture_of_any_size(trained, pictures, tmp_path,
     assert psnr == pytest.approx(10 * np.log10(255**2 / np.square(shown[:, :21] - shown[:, 21:]).mean()), abs=0.1)
 
 
-def test_seams_are_relative_to_the_originals_and_the_best_of_the_tries_counts(
-    trained, pictures, tmp_path, monkeypatch, capsys
-):
+def test_seams_are_relative_to_the_originals_and_the_best_of_the_tries_counts(trained, pictures, monkeypatch, capsys):
     asked = []
 
     def near(model, config, x, keep, seed, **options):
         asked.append((seed, options["clamp"], options["steps"], keep[8:24, 8:24].mean(), keep.mean()))
         return None, x / 2 + 0.5 + (0.2 if len(asked) % 2 else 0.0)  # the second try is the original
 
-    lpips = common.Lpips()
-    save_file(lpips.state_dict(), tmp_path / "alexnet.safetensors")
-    heads = {f"lin{i}.model.1.weight": head.data.view(1, -1, 1, 1) for i, head in enumerate(lpips.heads)}
-    save_file(heads, tmp_path / "heads.safetensors")
     monkeypatch.setattr(serpentine, "inpaint", near)
+    monkeypatch.setattr(common.Lpips, "load", lambda trunk, heads: common.Lpips().requires_grad_(False))
     words = ["--weights", trained, "--device", "cpu", "--data", pictures, "--clamp", "mean", "--steps", 7, "--tries", 2]
-    networks = ["--alexnet", tmp_path / "alexnet.safetensors", "--lpips", tmp_path / "heads.safetensors"]
-    assert main("seams", *words, *networks) == 0
+    assert main("seams", *words, "--lpips", "heads") == 0
     lines = capsys.readouterr().out.splitlines()
     assert all("made: 1.00, with --composite 1.00, LPIPS 0.0000 (" in line for line in lines[-2:])
     assert asked == [(seed, "mean", 7, *keep) for keep in ((0, 0.75), (1, 0.25)) for seed in (0, 1)]
@@ -752,10 +697,7 @@ def test_leakage_and_schedule_show_what_they_measure(trained, tmp_path, capsys):
     assert 0 < away[0] < away[-1]  # the last has more noise than the second
 
 
-def test_the_shipped_weights_reconstruct_sample_and_inpaint():
-    model, config = serpentine.load_model(ROOT / "weights" / "serpentine_vae.safetensors")
+def test_the_shipped_weights_reconstruct_a_face_of_another_kind():
+    model, _ = serpentine.load_model(ROOT / "weights" / "serpentine_vae.safetensors")
     face = torch.from_numpy(np.array(common.paint_face(3, 80)[0])).permute(2, 0, 1)[None]
-    assert serpentine.psnr_and_ssim(model.vae, face)[0] > 20  # it never saw a face of this kind
-    rgb = serpentine.sample(model, config, num=2, steps=10)
-    assert 0.1 < rgb.std() < 0.5
-    assert (rgb[0] - rgb[1]).abs().mean() > 0.05
+    assert serpentine.psnr_and_ssim(model.vae, face)[0] > 20

@@ -194,7 +194,6 @@ def test_sizes_that_do_not_fit_are_refused():
     sd, flux2, tae = small(), small(latent_channels=8, batch_norm=True), TAEF2()
     for function, shape, message in [
         (sd.encode, (1, 3, 32, 36), r"multiples of 8, not \(1, 3, 32, 36\)"),
-        (sd.decode, (1, 8, 4, 4), r"\(B, 4, H, W\)"),
         (sd.encode, (3, 32, 32), r"\(B, 3, H, W\)"),
         (flux2.encode, (1, 3, 32, 40), "multiples of 16"),
         (flux2.decode, (1, 8, 4, 5), "multiples of 2"),
@@ -205,17 +204,11 @@ def test_sizes_that_do_not_fit_are_refused():
 
 
 def test_files_that_are_no_autoencoder_are_refused(tmp_path):
-    good = {k: v.contiguous() for k, v in small().state_dict().items()}
-    path = tmp_path / "vae.safetensors"
-    first = "encoder.down_blocks.0.resnets.0.conv1.weight"
+    good, path = {k: v.contiguous() for k, v in small().state_dict().items()}, tmp_path / "vae.safetensors"
     half = {k.removeprefix("encoder."): v for k, v in TAEF2().state_dict().items() if k.startswith("encoder.")}
     for weights, message in [
         ({"blocks.0.attn.qkv.weight": torch.zeros(3)}, "no autoencoder .* blocks.0.attn.qkv.weight"),
-        ({}, "no autoencoder .* 0 tensors"),
         ({k: v for k, v in good.items() if k != "quant_conv.bias"}, "quant_conv.bias is missing"),
-        (good | {"encoder.extra.weight": torch.zeros(3)}, "encoder.extra.weight is unknown"),
-        (good | {"decoder.conv_out.weight": torch.zeros(3, 32, 1, 1)}, r"conv_out.weight is \(3, 32, 1, 1\), not"),
-        (good | {first: torch.zeros(100, 32, 3, 3)}, "no autoencoder"),
         (good | {"post_quant_conv.bias": torch.zeros(16)}, "no autoencoder"),  # its scale is not known
         (half, "no autoencoder"),
     ]:
@@ -242,5 +235,3 @@ def test_checkpoint_asks_for_the_vae_it_was_trained_with(tmp_path, capsys):
     assert "warning: --vae is not the file" in capsys.readouterr().err
     with pytest.raises(UserError, match="--vae has 4 channels, these weights have 32"):
         common.load_matching_vae(paths[0], header | {"latent": [32, 8]})
-    with pytest.raises(UserError, match="name its weights with --vae"):
-        common.load_matching_vae("", header)

@@ -898,7 +898,7 @@ def main_process_first():
 
 def all_max(*numbers):
     """The largest value of each number among the processes, so that all of them decide alike."""
-    if world() > 1:
+    if dist.is_initialized():
         numbers = torch.tensor(numbers, dtype=torch.float64)
         dist.all_reduce(numbers, dist.ReduceOp.MAX)
         numbers = numbers.tolist()

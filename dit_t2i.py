@@ -145,6 +145,12 @@ def msrope(height, width, text_len, head_dim, device):
     return common.rope_2d(positions, head_dim)
 
 
+@functools.lru_cache(maxsize=16)
+def grid_embedding(height, width, dim, device):
+    """Fixed embedding of the positions of a centred grid, (N, dim)."""
+    return common.sincos_2d(centred_grid(height, width, device), dim)
+
+
 def ada_norm(x, shift, scale):
     """LN(x) (1 + scale) + shift for x (B, N, D), shift and scale (B, D) (re-diffusion 4.3: beta and gamma)."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
@@ -310,7 +316,7 @@ class DiT(nn.Module):
             # slowly for ten minutes. So the sum of the words is added to the time, as pooled text is in Stable
             # Diffusion 3 (Esser et al. 2024, section 4), and a fixed position embedding to the image tokens.
             condition = condition + (txt * (text > 0).unsqueeze(-1)).sum(dim=1)
-            vis = vis + common.sincos_2d(centred_grid(*grid, z_t.device), vis.shape[-1])
+            vis = vis + grid_embedding(*grid, vis.shape[-1], z_t.device)
         return condition, txt, vis
 
     def forward(self, z_t, t, text):

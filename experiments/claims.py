@@ -610,10 +610,10 @@ def centred_positions(variant, seed, steps):
     """Trained at 32 pixels, measured at 64. Only the fixed embedding that this file adds differs: RoPE's scores depend
     on differences of positions, and the text moves along with the image, so that its centre changes nothing (exact)."""
 
-    def corner(positions, dim, embed=common.sincos_2d):
-        return embed(positions - positions.min(), dim)
+    def corner(height, width, dim, device):
+        return common.sincos_2d(torch.cartesian_prod(torch.arange(height), torch.arange(width)), dim)
 
-    with replaced(variant == "corner", common, "sincos_2d", corner):
+    with replaced(variant == "corner", dit_t2i, "grid_embedding", corner):
         model, config = dit(seed, steps, "" if variant == "centred" else "corner")
         found = {"error at 64 pixels": picture_errors(model, config, size=64)["error"]}
         return found | {"error": picture_errors(model, config)["error"]}

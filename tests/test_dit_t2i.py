@@ -60,7 +60,7 @@ def test_positions_are_a_centred_grid_and_its_diagonal(height, width):
         assert torch.allclose(cos[:, k], torch.cos(position * frequency), atol=1e-5)
         assert torch.allclose(sin[:, k], torch.sin(position * frequency), atol=1e-5)
     fixed = torch.cat([common.timestep_embedding(positions[3:], 16) for positions in (rows, columns)], dim=1)
-    assert torch.equal(common.sincos_2d(dit_t2i.centred_grid(height, width, CPU), 32), fixed)
+    assert torch.equal(dit_t2i.grid_embedding(height, width, 32, CPU), fixed)
 
 
 @torch.no_grad()

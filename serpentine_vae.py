@@ -8,13 +8,13 @@ and step N - 1 is NOISE. One position of a latent map stands for a tile of 8 x 8
     python serpentine_vae.py inpaint --image face.png --mask mask.png           WHITE in the mask means KEEP
     python serpentine_vae.py leakage                           how far does one latent position reach into the picture?
 
-What to expect of the demo preset (two cores of an AMD EPYC with AVX512-BF16, 10,000 pictures of faces): a VAE of 34 dB
-after six minutes. Then a denoiser that predicts v (--predict v): its loss starts at 1.0, the mean square of v, because
-its last layer starts at zero. After 80,000 latents it is near 0.38 and, in eight bins of t from clean to noise, 0.49,
-0.23, 0.19, 0.25, 0.37, 0.45, 0.52, 0.51: at a small t the noise cannot be told from the latent, at a large t the latent
-not from the noise. (Of --predict eps, the write-up's, the last bins fall to 0.003, though nothing more is known there.)
-Samples are then faces with clean lines, most with blotches of colour, of which fewer are left after the 192,000 latents
-of the shipped weights. Their VAE has seen photographs, too (36 dB for new faces, 26 dB for a new photograph).
+What to expect of the demo preset (two cores of an AMD EPYC with AVX512-BF16, 10,000 pictures of faces): a VAE with a
+PSNR of 34 dB after six minutes. Then a denoiser that predicts v (--predict v): its loss starts at 1.0, the mean square
+of v, because its last layer starts at zero. After 80,000 latents it is near 0.38 and, in eight bins of t from clean to
+noise, 0.49, 0.23, 0.19, 0.25, 0.37, 0.45, 0.52, 0.51: at a small t the noise is hard to find, at a large t the latent.
+(With the write-up's --predict eps the last bins fall to 0.003, because there x_t is almost the noise itself.) Samples
+are then faces with clean lines, most with blotches of colour; those of the shipped weights, after 192,000 latents, have
+fewer. Their VAE has seen photographs, too (PSNR 36 dB for new faces, 26 dB for a new photograph).
 
     symbol      here                shape                   meaning
     x           x, pictures         (B, 3, H, W)            pictures; in [-1, 1] inside the VAE
@@ -24,8 +24,8 @@ of the shipped weights. Their VAE has seen photographs, too (36 dB for new faces
     abar_t      alpha_bars[t]       (N,)                    product of 1 - beta up to t; abar_0 = 1
     z_t         x_t; x in denoise   (B, C, h, w)            sqrt(abar_t) z_0 + sqrt(1 - abar_t) noise
     eps         eps                 (B, C, h, w)            the noise in z_t, predicted or computed from v
-    v, a, s     value, forget, h    (B, h w, D)             scan: s_i = a_i s_(i-1) + (1 - a_i) v_i, i along a path
-    m           keep                (H, W)                  mask in pixels: 1 = keep
+    v, a, h     value, forget, h    (B, h w, D)             scan: h_i = a_i h_(i-1) + (1 - a_i) v_i, i along a path
+    mask        keep                (H, W)                  in pixels: 1 = keep
 
     part of the write-up                         where
     VAE with Localized and Aligned Latents       VAE, local_decoder, SqueezeExcite, vae_loss; measured by `leakage`
@@ -73,14 +73,14 @@ class VAEConfig(common.TrainConfig):
     vae_width: int = option(64, "width of the VAE at half the pictures' resolution", low=4)
     encoder_depth: int = option(1, "blocks of the encoder at each resolution", low=1, high=1000)
     decoder: str = option("local", "local: the write-up's; global: Stable Diffusion's", choices=("local", "global"))
-    photos: float = option(0.0, "so many crops of photographs beside each picture, for the VAE alone", low=0.0)
+    photos: float = option(0.0, "crops of photographs for each picture of --data, for the VAE alone", low=0.0)
     slope_weight: float = option(0.5, "weight of the error of differences between neighbouring pixels", low=0.0)
     kl_weight: float = option(2.5e-5, "weight of the KL divergence of latents from N(0, 1)", low=0.0)
 
 
 @dataclasses.dataclass
 class Config(VAEConfig):
-    """The options of `train`, which makes both stages. minutes, steps, batch_size and lr are the denoiser's."""
+    """The options of `train`, which runs both stages. minutes, steps, batch_size and lr are the denoiser's."""
 
     BUDGETS = (*VAEConfig.BUDGETS, ("vae_minutes", "vae_steps"))
 
@@ -99,14 +99,14 @@ class Config(VAEConfig):
     known_prob: float = option(0.0, "how often a part of a latent is clean, to learn inpainting", low=0.0, high=1.0)
 
 
-# The write-up gives batch size 32, mixed precision, "over 10,000 iterations" and 5 GB of GPU memory, but no sizes.
+# The write-up gives batch size 32, mixed precision, "over 10,000 iterations" and 5 GB of GPU memory. Sizes are ours.
 PAPER = dict(image_size=256, flip=0.5, encoder_depth=2, checkpoint_every=1000)
 VAE_PRESETS = {
     "demo": dict(minutes=6.0, batch_size=8, lr=2e-3),
     "paper": PAPER | dict(steps=50_000, batch_size=16, lr=5e-4),
 }
 # Near t = N - 1, predicted noise gives the latent as a small difference divided by sqrt(abar_t) = 0.006, so that its
-# colours, and whether they fit to what inpainting keeps, depend on small errors. v gives it without a division.
+# colours, and whether they match the kept part in inpainting, depend on small errors. An error of v is not enlarged so.
 PRESETS = {
     "demo": dict(minutes=9.0, lr=1e-3, vae_minutes=6.0, predict="v", known_prob=0.5),
     "paper": PAPER
@@ -190,7 +190,7 @@ class VAE(nn.Module):
     def __init__(self, channels=8, width=64, encoder_depth=1, decoder="local"):
         super().__init__()
         self.channels = channels
-        layers, widths = [], (3, width, 2 * width, 4 * width)  # of the picture, and at 1/2, 1/4 and 1/8 of its sides
+        layers, widths = [], (3, width, 2 * width, 4 * width)  # channels at 1, 1/2, 1/4 and 1/8 of the sides
         for level, (width_in, wide) in enumerate(itertools.pairwise(widths)):
             kernel = 1 if level else 3
             layers += [nn.PixelUnshuffle(2), nn.Conv2d(4 * width_in, wide, kernel, padding=kernel // 2)]
@@ -230,8 +230,8 @@ class VAE(nn.Module):
 
 def vae_loss(config, x, remade, mean, logvar):
     """(B,) loss of each picture: squared error, squared error of the differences between neighbouring pixels at three
-    scales, which penalises blur, and a small KL divergence of the posterior from N(0, 1), as a mean over its elements
-    (Kingma & Welling 2013)."""
+    scales, which penalises blur, and with a small weight the KL divergence of the posterior from N(0, 1), as a mean
+    over its elements (Kingma & Welling 2013)."""
     error = remade - x
     loss = error.square().mean(dim=(1, 2, 3))
     for _ in range(3):
@@ -251,8 +251,8 @@ DIRECTIONS += tuple(f"{name} reversed" for name in DIRECTIONS)
 
 def serpentine_order(height, width, direction):
     """A path through a map, as a permutation of its positions 0 to height * width - 1, which are numbered row by row.
-    It goes along one line of the map and back along the next, so consecutive positions always touch, on diagonal paths
-    sometimes only at a corner. direction: one of DIRECTIONS."""
+    It goes along one line of the map and back along the next, so consecutive positions always touch, those of one
+    diagonal at a corner. direction: one of DIRECTIONS."""
     numbers = torch.arange(height * width).view(height, width)
     lines = {
         "rows": numbers,
@@ -280,7 +280,7 @@ def reorder(x, order):
 
 
 def scan(a, b):
-    """h_t = a_t h_(t-1) + b_t along dim 1 of (B, N, D), starting from h = 0. Here t is a place on the path, not a time.
+    """h_i = a_i h_(i-1) + b_i along dim 1 of (B, N, D), starting from h = 0.
 
     The plain form is a loop of N steps. Here the path is cut into N/16 chunks, and every step works on all of them.
     1. Scan each chunk from zero, in 16 steps, and keep its last state. 2. The true last states obey the same recurrence
@@ -296,11 +296,11 @@ def scan(a, b):
     steps = list(zip(a.unbind(2), b.unbind(2), h.unbind(2)))  # each (B, N/16, D)
     if count > size:
         last = state
-        for a_t, b_t, _ in steps:
-            last = torch.addcmul(b_t, a_t, last)
+        for a_i, b_i, _ in steps:
+            last = torch.addcmul(b_i, a_i, last)
         state[:, 1:] = scan(a.prod(dim=2), last)[:, :-1]
-    for a_t, b_t, h_t in steps:
-        state = torch.addcmul(b_t, a_t, state, out=h_t)
+    for a_i, b_i, h_i in steps:
+        state = torch.addcmul(b_i, a_i, state, out=h_i)
     return h.flatten(1, 2)[:, :count]
 
 
@@ -319,9 +319,10 @@ class Scan(torch.autograd.Function):
     def backward(ctx, grad):
         a, h, order, inverse = ctx.saved_tensors
         grad = reorder(grad, order)
-        # g_t = grad_t + a_(t+1) g_(t+1) is the derivative of the loss by h_t, directly and through all later states.
+        # g_i = grad_i + a_(i+1) g_(i+1) is the derivative of the loss with respect to h_i, directly and through all
+        # later states.
         g = scan(F.pad(a[:, 1:], (0, 0, 0, 1)).flip(1), grad.flip(1)).flip(1)
-        grad_a = g * F.pad(h[:, :-1], (0, 0, 1, 0))  # g_t h_(t-1)
+        grad_a = g * F.pad(h[:, :-1], (0, 0, 1, 0))  # g_i h_(i-1)
         return reorder(grad_a, inverse), reorder(g, inverse), None, None
 
 
@@ -333,9 +334,9 @@ def scan_map(a, b, height, width):
 
 class Serpentine(nn.Module):
     """Scan a map (B, D, h, w) along all eight paths at once and merge the results. Along each path
-    h_t = a_t h_(t-1) + (1 - a_t) v_t, where the forget gate a_t in (0, 1) depends on the input at t: a selective
-    state-space model (Gu & Dao 2023, theorem 1) with a state as wide as its input. Time and memory are linear in h w;
-    those of self-attention are quadratic."""
+    h_i = a_i h_(i-1) + (1 - a_i) v_i, where the forget gate a_i in (0, 1) depends on the input at i: a selective
+    state-space model (Gu & Dao 2023, theorem 1) whose state has one number for each channel. The output is gated, too.
+    Time and memory are linear in h w; those of self-attention are quadratic."""
 
     def __init__(self, width):
         super().__init__()
@@ -362,7 +363,8 @@ class Serpentine(nn.Module):
 
 
 class Block(nn.Module):
-    """x + two convolutions, with the timestep between them as AdaLN, then a serpentine."""
+    """shortcut(x) + two convolutions, with scale and shift from the timestep between them (AdaLN), then a serpentine.
+    Where known is 1, scale and shift are those of time 0."""
 
     def __init__(self, width_in, width, embed_dim):
         super().__init__()
@@ -375,15 +377,14 @@ class Block(nn.Module):
     def forward(self, x, emb, clean_emb, known):
         h = self.conv1(F.silu(self.norm1(x)))
         noisy, clean = (self.modulation(time)[:, :, None, None] for time in (emb, clean_emb))
-        scale, shift = (noisy + known.to(noisy.dtype) * (clean - noisy)).chunk(
-            2, dim=1
-        )  # each position has its own time
+        modulation = noisy + known.to(noisy.dtype) * (clean - noisy)  # each position has its own time
+        scale, shift = modulation.chunk(2, dim=1)
         h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
         return self.serpentine(self.shortcut(x) + h)
 
 
 class Denoiser(nn.Module):
-    """denoiser(x_t, t, known) -> the noise in x_t. x_t (B, channels, h, w) of any h and w; t (B,) from 1 to N - 1;
+    """denoiser(x_t, t, known) -> the noise in x_t, or v. x_t (B, channels, h, w), any h and w; t (B,) from 1 to N - 1;
     known (B or 1, 1, h, w): 1 where x_t holds the clean latent, whose time is 0 (TD-Paint, Mayet et al. 2024), so that
     inpainting can show the network what is kept; no position if None. Raises UserError for a width that the eight paths
     cannot share."""
@@ -417,11 +418,11 @@ class Denoiser(nn.Module):
                 skips.append((x, known))
         for blocks in self.up:
             if x.shape[2:] != skips[-1][0].shape[2:]:
-                x = F.interpolate(x, size=skips[-1][0].shape[2:], mode="nearest")
-            for block in blocks:  # (there is no middle block, so that the first skip is x itself)
+                x = F.interpolate(x, size=skips[-1][0].shape[2:])
+            for block in blocks:  # (there is no middle block: the first of these gets x twice)
                 skip, known = skips.pop()
                 x = block(torch.cat((x, skip), dim=1), *times, known)
-        # In float32: where x_t is nearly all noise, a rounding error of eps is a large error of the clean latent.
+        # In float32: where x_t is nearly all noise, a rounding error of predicted noise is a large one of the latent.
         with torch.autocast(x.device.type, enabled=False):
             return self.conv_out(F.silu(self.norm(x.float())))
 
@@ -604,12 +605,12 @@ def keep_positions(keep):
 
 
 def clamp_known(latent, positions, how, noise, alpha_bars):
-    """clamp(x, t) for denoise(): the known latent at the kept positions, x elsewhere.
+    """clamp(x, t) for denoise(): the known normalised latent at the kept positions, x elsewhere.
 
-    how "mean" is the write-up's rule: the clean latent at every step. A denoiser that was trained without --known-prob
-    never saw clean positions at a large t, though. "clean" is the same for one that was trained with it, and that gets
-    the time 0 for these positions. "noised" adds the noise of step t, none at t = 0 (Lugmayr et al. 2022, eq. 8a). The
-    noise is the same at all steps, as in DDIM's deterministic path.
+    how "mean" is the write-up's rule: the clean latent (the posterior's mean) at every step. A denoiser that was
+    trained without --known-prob never saw clean positions at a large t, though. "clean" is the same for one that was
+    trained with it, and that gets the time 0 for these positions. "noised" adds the noise of step t, none at t = 0
+    (Lugmayr et al. 2022, eq. 8a). The noise is the same at all steps, as in DDIM's deterministic path.
     """
 
     def clamp(x, t):
@@ -620,8 +621,8 @@ def clamp_known(latent, positions, how, noise, alpha_bars):
 
 
 def blend(original, made, keep):
-    """`original` where keep (H, W) is 1, elsewhere `made`, both (B, 3, H, W) in [0, 1], without a step between: the
-    difference of the two at the border is carried on into the new part, from pixel to pixel, and fades there."""
+    """`original` where keep (H, W) is 1, elsewhere `made`, both (B, 3, H, W) in [0, 1]. So that there is no step at the
+    border, the difference of the two there is added to the next 8 pixels, 15 % less at each after the first."""
     kernel = torch.tensor([[1.0, 4.0, 1.0], [4.0, 0.0, 4.0], [1.0, 4.0, 1.0]])[None, None]
 
     def around(x):  # the weighted sum of each pixel's eight neighbours
@@ -644,7 +645,7 @@ class InpaintConfig(SampleConfig):
     invert: bool = option(False, "black is kept and white is made anew")
     clamp: str = option(
         "auto",
-        "what kept positions hold: the latent, clean or with noise; clean: the network knows (auto: if it can)",
+        "kept positions: clean and marked as such, noised, or clean (mean); auto: clean if trained with --known-prob",
         choices=("auto", "clean", "noised", "mean"),
     )
     solver: str = option("auto", "auto: ancestral with --clamp clean, else ddim", ("auto", "ddim", "ancestral"))
@@ -668,9 +669,11 @@ def inpaint(model, config, x, keep, callback=None, **options):
     if options.as_written:
         written = dict(solver="ancestral", steps=config.num_timesteps, resample_steps=1, clamp="mean")
         options = dataclasses.replace(options, **written)
-    clamp = options.clamp if options.clamp != "auto" else "clean" if config.known_prob else "noised"
+    how = options.clamp
+    if how == "auto":
+        how = "clean" if config.known_prob else "noised"
     # The noise that ancestral steps add brings results nearer to the originals than DDIM does in as many steps.
-    solver, steps, repeats = ("ancestral", 12, 1) if clamp == "clean" else ("ddim", 50, 5)
+    solver, steps, repeats = ("ancestral", 12, 1) if how == "clean" else ("ddim", 50, 5)
     solver = solver if options.solver == "auto" else options.solver
     steps, repeats = options.steps or steps, options.resample_steps or repeats
     options = dataclasses.replace(options, solver=solver, steps=steps)
@@ -683,9 +686,9 @@ def inpaint(model, config, x, keep, callback=None, **options):
     normal, alpha_bars = model.vae.normalise(clean), noise_schedule(config.num_timesteps)
 
     def clamp_for(noise, rows):
-        return clamp_known(normal[rows], positions, clamp, noise, alpha_bars)
+        return clamp_known(normal[rows], positions, how, noise, alpha_bars)
 
-    known = positions[None, None] if clamp == "clean" else None
+    known = positions[None, None] if how == "clean" else None
     sampled = sample_latents(model, config, options, clean.shape[1:], clamp_for, repeats, callback, known)
     latents = torch.where(positions, clean, sampled)  # normalising and its inverse have rounded the kept ones
     rgb = decode(model.vae, latents, x.shape[2:])
@@ -726,7 +729,7 @@ def to_signed(pictures):
 
 
 def load_data(config):
-    """(pictures to train on, pictures held out to measure with, common.Pictures with all); the first two (N, 3, S, S)
+    """(pictures to train on, pictures held out to measure with, all as common.Pictures); the first two (N, 3, S, S)
     uint8, in random order. One in fifty is held out, at most 500. Which ones depends on the number of pictures only, so
     both stages and all measurements of a data set agree. Raises UserError."""
     if config.image_size % STRIDE:
@@ -752,7 +755,7 @@ def random_known(rng, height, width, probability):
 
 
 def encode_all(vae, pictures):
-    """Normalised latents (N, C, h, w) on the CPU of pictures (N, 3, S, S) uint8."""
+    """Pictures (N, 3, S, S) uint8 -> normalised latents (N, C, h, w) on the CPU."""
     parts = common.progress(pictures.split(32), "encoding")
     return torch.cat([vae.normalise(encode(vae, to_signed(part))).cpu() for part in parts])
 
@@ -854,7 +857,7 @@ def train(config):
     """Train the VAE, unless --vae names one, then the denoiser. Returns the exit code. Raises UserError."""
     device, precision = common.init_training(config)
     with torch.device("meta"):
-        build_denoiser(config)  # sizes that do not fit are told before the VAE is trained
+        build_denoiser(config)  # reports sizes that do not fit before the VAE is trained
     begun = Path(config.out, "state.safetensors").exists()  # a denoiser's checkpoint contains its VAE
     if not config.vae and not begun:
         if code := train_vae(vae_stage(config)):
@@ -956,8 +959,8 @@ class ReconstructConfig(common.LoadConfig):
 
 
 def unseen_pictures(data, config):
-    """Pictures (N, 3, S, S) uint8 that weights with this config were not trained on: what training held out of its own
-    or of the drawn data, or all pictures of other data, which is recognised by its name as given to --data."""
+    """Pictures (N, 3, S, S) uint8 that weights with this config were not trained on: the held-out part if `data` is
+    what the config names, or drawn; else all of them. (Names are compared, not files.)"""
     _, held_out, loaded = load_data(dataclasses.replace(config, data=data))
     common.tell_skipped(loaded.skipped)
     return held_out if data in (config.data, ("drawn",)) else loaded.pictures
@@ -992,7 +995,7 @@ def reconstruct_command(options):
         what = options.image or "scikit-image's astronaut"
     print("{}: PSNR {:.1f} dB, SSIM {:.3f}".format(what, *psnr_and_ssim(model.vae, pictures)))
     shown = torch.stack(reconstruct(model.vae, pictures[: options.num]), dim=1).flatten(0, 1)
-    common.save_picture(make_grid(shown, 2 * math.ceil(len(shown) ** 0.5 / 2)), options.out)
+    common.save_picture(make_grid(shown, 2 * math.ceil(len(shown) ** 0.5 / 2)), options.out)  # even: pairs
     print(f"original and reconstruction, side by side, in {options.out}")
 
 
@@ -1046,7 +1049,7 @@ def leakage_command(options):
 class SeamsConfig(common.LoadConfig):
     data: tuple[str, ...] = option(("drawn",), "as in train; of the data trained on, only what was held out")
     num: int = option(100, "pictures to inpaint", low=1)
-    tries: int = option(1, "results of each picture; the best LPIPS counts", low=1)
+    tries: int = option(1, "results of each picture: the best LPIPS counts, and the last border", low=1)
     clamp: str = option("auto", "as in inpaint, like the next four", choices=("auto", "clean", "noised", "mean"))
     solver: str = option("auto", "how a step is made", choices=("auto", "ddim", "ancestral"))
     steps: int | None = option(None, "steps from noise to picture", low=1)
@@ -1057,7 +1060,7 @@ class SeamsConfig(common.LoadConfig):
 
 
 def seam(rgb, keep):
-    """Mean absolute difference of neighbouring pixels of which one is kept and one is new, of (B, 3, H, W)."""
+    """Mean absolute difference of rgb (B, 3, H, W) between the pixels on the two sides of the mask's border."""
     down = rgb.diff(dim=2).abs().mean(dim=1)[:, keep.diff(dim=0) != 0]
     across = rgb.diff(dim=3).abs().mean(dim=1)[:, keep.diff(dim=1) != 0]
     return torch.cat((down, across), dim=1).mean().item()
@@ -1065,7 +1068,7 @@ def seam(rgb, keep):
 
 def seams_command(options):
     """For the write-up's two cases, print the difference across the border of what is new, relative to that at the same
-    place of the originals, with and without --composite; and the LPIPS distance from the originals."""
+    place of the originals, with and without --composite; and the LPIPS distance of the latter from the originals."""
     model, config = load_model(options.weights, common.pick_device(options.device))
     x = to_signed(unseen_pictures(options.data, config)[: options.num])
     size, edge = config.image_size, max(1, round(config.image_size / 5 / STRIDE)) * STRIDE
@@ -1150,7 +1153,7 @@ SUBCOMMANDS = {
     "inpaint": (inpaint_command, InpaintConfig, None, "make a part anew, WHITE is KEPT: inpaint --image A --mask B"),
     "reconstruct": (reconstruct_command, ReconstructConfig, None, "PSNR of the VAE, e.g. reconstruct --image FILE"),
     "leakage": (leakage_command, LeakageConfig, None, "how far a change of one latent position reaches"),
-    "seams": (seams_command, SeamsConfig, None, "how visible the borders of inpainting are, with both clamps"),
+    "seams": (seams_command, SeamsConfig, None, "how visible the borders of inpainting are, and LPIPS"),
     "schedule": (schedule_command, ScheduleConfig, None, "the picture of the noise schedule"),
     "demo": (demo, common.DemoConfig, None, "a page in the browser: paint on a picture what is made anew"),
     "export": common.export("serpentine_vae"),

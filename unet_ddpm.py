@@ -7,18 +7,19 @@ matching 999 t and DDPM the timestep, and the two run in opposite directions.
     python unet_ddpm.py sample --num 16 --steps 20            from the run in runs/, else the weights in weights/
     python unet_ddpm.py train                                 flow matching, ten minutes on two CPU cores, painted faces
     python unet_ddpm.py train --objective ddpm --out runs/ddpm              DDPM: the same network, data and noise
-    python unet_ddpm.py compare --minutes 10                  flow matching, DDPM and DDPM with v-prediction, measured
+    python unet_ddpm.py compare --minutes 10                  flow matching, DDPM and DDPM with v-prediction, ten
+                                                              minutes or as many steps each, then measured
     python unet_ddpm.py train --stage exclude --exclude-tags "red hair" --out runs/fine     never sees red hair, ...
     python unet_ddpm.py train --stage finetune --from runs/fine --out runs/stage2           ... and learns it afterwards
     python unet_ddpm.py train --preset paper --data DIR --vae FLUX.2-VAE    the write-up's 281M parameters
 
 A fresh network returns 0, so the loss starts at the mean square of its target: 1.37 for flow matching on painted faces,
 1 for DDPM, 0.54 for v-prediction. After 250, 500 and 2,000 steps flow matching's loss is near 0.31, 0.22 and 0.15 and
-DDPM's near 0.08, 0.05 and 0.03 (losses of different targets cannot be compared). In eight bins of the time from 0 to 1
-it is then 0.15, 0.11, 0.09, 0.09, 0.09, 0.11, 0.15, 0.42 for flow matching and 0.18, 0.04, 0.02, 0.01, 0.005, 0.003,
-0.002, 0.001 for DDPM, whose time runs the other way: in both, nearly clean pictures are the hardest. 2,000 steps take
-eight to twelve minutes on two cores with AVX512-BF16. Samples are fragments of faces after a tenth of them, faces after
-a third, with clean lines from half on.
+DDPM's near 0.08, 0.05 and 0.03 (losses of different targets cannot be compared). After 2,000 steps, in eight bins of
+the time from 0 to 1, it is 0.15, 0.11, 0.09, 0.09, 0.09, 0.11, 0.15, 0.42 for flow matching and 0.18, 0.04, 0.02, 0.01,
+0.005, 0.003, 0.002, 0.001 for DDPM, whose time runs the other way: in both, nearly clean pictures are the hardest.
+2,000 steps take eight to twelve minutes on two cores with AVX512-BF16. Samples are fragments of faces after a tenth of
+these steps, faces after a third, with clean lines from half on.
 
 | in the write-up           | here          | shape        | equation                                               |
 |---------------------------|---------------|--------------|--------------------------------------------------------|
@@ -35,7 +36,7 @@ a third, with clean lines from half on.
 | part of the write-up               | where                                                                |
 |------------------------------------|----------------------------------------------------------------------|
 | Flow Matching; DDPM                | flow_pair, flow_sample; ddpm_pair, ddpm_sample                       |
-| 281M-parameter U-Net, AdamW; Usage | UNetModel, PRESETS["paper"]; load_model                              |
+| 281M-parameter U-Net; Usage        | UNetModel, PRESETS["paper"]; load_model                              |
 | Latent space: FLUX.2's VAE         | encode, Data; common.AutoencoderKL                                   |
 | standard, fine, stage2             | train --stage standard, exclude, finetune; names_left_out            |
 | Key findings: FID and adaptation   | Distances, evaluate; compare                                         |
@@ -76,7 +77,7 @@ class Config(common.TrainConfig):
     image_size: int = option(40, "side of the pictures in pixels", low=8)
     vae: str = option("", "autoencoder whose latents are learned: FLUX.2's, TAEF2 or SD's (default: none, pixels)")
     fold: int = option(2, "without a VAE: pixel_unshuffle factor, squares of fold x fold pixels become channels", low=1)
-    flip: float = option(0.0, "part of the pictures that are mirrored", low=0.0, high=1.0)
+    flip: float = option(0.0, "probability that a picture is mirrored", low=0.0, high=1.0)
     # Stage
     stage: str = option("standard", "exclude: all but --exclude-tags; finetune: only what --from left out", STAGES)
     exclude_tags: tuple[str, ...] = option((), "tags whose pictures are left out")
@@ -98,14 +99,14 @@ class Config(common.TrainConfig):
 
 
 DEMO = dict(minutes=10.0, lr=2e-3, group_channels=64)
-# The write-up names the model, the latents, AdamW at 2e-4 with 5 % of warm-up, and bfloat16. Batch, length (100 passes
-# over 48,000 pictures), beta2, weight decay and EMA (0.999) are those of its author's later code. The constant learning
-# rate is a choice made here.
+# The write-up names most of the model, the latents, AdamW8bit at 2e-4 with 5 % of warm-up, and bfloat16. Batch, length
+# (100 passes over 48,000 pictures), beta2, weight decay and EMA (0.999) are those of its author's later code. The
+# constant learning rate is a choice made here.
 PAPER = dict(steps=75_000, image_size=256, batch_size=64, lr=2e-4, decay="none", beta2=0.98, weight_decay=0.01)
 PAPER |= dict(model_channels=256, channel_mult=(1, 1, 2, 4), num_res_blocks=2, attention_resolutions=(16, 8))
 PAPER |= dict(vae="weights/flux2-vae.safetensors", optimizer="auto", checkpoint_every=1000)
 PRESETS = {"demo": DEMO, "paper": PAPER}
-# What a fine-tuned network takes over from the run it starts from.
+# What build_model() passes to UNetModel, and what a fine-tuned run takes over from the one of --from
 MODEL_FIELDS = ["model_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "num_head_channels"]
 MODEL_FIELDS += ["group_channels", "use_scale_shift_norm"]
 BASE_FIELDS = ["image_size", "fold", "objective", "predict", *MODEL_FIELDS]
@@ -143,10 +144,11 @@ def ddpm_pair(config, x, noise, u):
 
 
 PAIRS = {"flow": flow_pair, "ddpm": ddpm_pair}
-SOLVERS = {"flow": tuple(common.SOLVERS), "ddpm": ("ddim", "ancestral")}
 
 # ----------------------------------------------------------------------------------------------------------------
-# Two samplers. network(x, t) is the model at one timestep for the whole batch.
+# Two samplers. network(x, timestep) is the model's output at one timestep, 0 to 999, for the whole batch.
+
+SOLVERS = {"flow": tuple(common.SOLVERS), "ddpm": ("ddim", "ancestral")}
 
 
 def flow_sample(network, x, steps, solver="euler", callback=None):
@@ -163,7 +165,7 @@ def timesteps(steps):
 
 def ddpm_sample(config, network, x, steps, noise_fn, solver="ddim", data_max=None, callback=None):
     """From noise x at timestep 999 to data, by ddim steps (Song et al. 2020, eq. 12) or ancestral ones (Ho et al. 2020,
-    algorithm 2). noise_fn() -> new noise like x, for ancestral steps. callback(x, part) gets every state, part from 0
+    algorithm 2). noise_fn() -> new noise like x, for ancestral steps. callback(x, done) gets every state, done from 0
     (noise) to 1 (data).
 
     data_max: predicted data are clipped to [-data_max, data_max], the range of the training data (None: no clipping).
@@ -173,22 +175,20 @@ def ddpm_sample(config, network, x, steps, noise_fn, solver="ddim", data_max=Non
 
     def step(x, t, t_next):
         alpha_bar, alpha_bar_next = table[t], table[t_next]
-        eps = network(x, t)
-        if config.predict == "v":
-            eps = common.eps_from_v(eps, x, alpha_bar)
+        prediction = network(x, t)
+        eps = prediction if config.predict == "eps" else common.eps_from_v(prediction, x, alpha_bar)
         if data_max is not None:
             eps = common.clip_x0(x, eps, alpha_bar, data_max)
         if solver == "ddim":
             return common.ddim_step(x, eps, alpha_bar, alpha_bar_next)
-        noise = noise_fn() if t_next >= 0 else 0  # none in the last step
-        return common.ddpm_step(x, eps, alpha_bar, alpha_bar_next, noise)
+        return common.ddpm_step(x, eps, alpha_bar, alpha_bar_next, noise_fn())  # whose factor is 0 in the last step
 
-    part = callback and (lambda x, t: callback(x, 1 - (t + 1) / TIMESTEPS))
-    return common.integrate(step, x, [*timesteps(steps), -1], part)
+    report = callback and (lambda x, t: callback(x, 1 - (t + 1) / TIMESTEPS))
+    return common.integrate(step, x, [*timesteps(steps), -1], report)
 
 
 def to_rgb(config, x, vae=None):
-    """Maps as the network sees them -> RGB (B, 3, H, W) in [0, 1]."""
+    """Latents, or pixels after pixel_unshuffle, -> RGB (B, 3, H, W) in [0, 1]."""
     decode = vae.decode if vae else functools.partial(F.pixel_shuffle, upscale_factor=config.fold)
     return torch.cat([decode(part) / 2 + 0.5 for part in common.progress(x.split(16), "decoding")]).clamp(0, 1)
 
@@ -200,9 +200,10 @@ def sample(
 ):  # fmt: skip
     """Pictures from noise: RGB (num, 3, H, W) in [0, 1]; latents where the model works on latents and no vae is given.
 
-    Picture i depends on seed + i only. solver: euler, heun or dpm for flow matching, ddim or ancestral for DDPM
-    (default: the first). clip: DDPM's predicted data to the training data's range. callback(x, part) gets the first
-    batch's states. Raises UserError for a solver of the other objective.
+    model: with the header of load_model(). Picture i depends on seed + i only. solver: euler, heun or dpm for flow
+    matching, ddim or ancestral for DDPM (default: the first). clip: whether DDPM's predicted data are clipped to the
+    range of the training data. callback(x, done) gets the first batch's states. Raises UserError for a solver of the
+    other objective.
     """
     solvers = SOLVERS[config.objective]
     solver = solver or solvers[0]
@@ -210,15 +211,16 @@ def sample(
         raise UserError(f"--solver {solver} is not for {config.objective} weights; use {' or '.join(solvers)}")
     device, (channels, size) = next(model.parameters()).device, model.header["latent"]
     data_max, results = model.header.get("range") if clip else None, []
+    keep_latents = vae is None and model.header["vae"] is not None
 
-    def network(x, t):
-        return model(x, torch.full((len(x),), float(t), device=device))
+    def network(x, timestep):
+        return model(x, torch.full((len(x),), float(timestep), device=device))
 
     for first in common.progress(range(seed, seed + num, batch_size), "batches"):
         seeds = range(first, min(first + batch_size, seed + num))
         x, rngs = common.noise_for(seeds, (channels, size, size), device), [generator(s, 1) for s in seeds]
 
-        def noise_fn(rngs=rngs):  # bound now, because rngs is another list for each batch
+        def noise_fn(rngs=rngs):
             return torch.stack([torch.randn(channels, size, size, generator=rng) for rng in rngs]).to(device)
 
         with autocast(device, common.pick_precision(precision, device)):
@@ -226,8 +228,7 @@ def sample(
                 x = flow_sample(network, x, steps, solver, callback)
             else:
                 x = ddpm_sample(config, network, x, steps, noise_fn, solver, data_max, callback)
-            in_latents = vae is None and model.header["vae"] is not None
-            results.append(x if in_latents else to_rgb(config, x, vae))
+            results.append(x if keep_latents else to_rgb(config, x, vae))
         callback = None
     return torch.cat(results)
 
@@ -320,7 +321,7 @@ class TimedSequential(nn.Sequential):
 
 class UNetModel(nn.Module):
     """ADM's U-Net with guided-diffusion's arguments. `UNetModel(in_channels=32, out_channels=32)` is the write-up's
-    model of 281M parameters: what the write-up leaves open has the values of ADM's own recipes as its default.
+    model of 281M parameters. It leaves channel_mult open, which (1, 1, 2, 4) fits; the rest follows ADM's recipes.
 
     image_size             side of the training maps; used only to find the levels that attention_resolutions names
     attention_resolutions  sides of the maps with attention, as in the write-up (guided-diffusion's class takes
@@ -470,8 +471,8 @@ def encode(config):
     device = common.pick_device(config.device)
     precision, vae = common.pick_precision(config.precision, device), common.load_vae(config.vae).to(device)
     name = Path(config.data[0]).resolve().stem
-    part = f"-{config.num_samples}" if config.num_samples else ""
-    config.out = config.out or f"data/latents-{name}{part}-{config.image_size}-{vae.hash[:8]}"
+    count = f"-{config.num_samples}" if config.num_samples else ""
+    config.out = config.out or f"data/latents-{name}{count}-{config.image_size}-{vae.hash[:8]}"
 
     def to_latents(pictures, rows):
         with autocast(device, precision):
@@ -483,8 +484,8 @@ def encode(config):
 
 
 def load_source(config):
-    """What --data names: common.Pictures, or with a VAE common.Shards of its latents, encoded first where they are
-    missing. Raises UserError."""
+    """What --data names: common.Pictures or, for a folder of shards or with --vae, common.Shards of latents, which are
+    encoded first where they are missing. Raises UserError."""
     if common.has_shards(config.data):
         return common.Shards(config.data[0], ("latents",))
     if not config.vae:
@@ -497,7 +498,7 @@ def load_source(config):
 
 
 def base_header(config):
-    """The header of the run of stage exclude that is fine-tuned. Raises UserError."""
+    """The header of the run --from, which must be of stage exclude. Raises UserError."""
     path = Path(config.start) / "model.safetensors"
     header = load_tensors(path, header_only=True)[1]
     if not (header and header.get("left_out") and header["config"]["stage"] == "exclude"):
@@ -575,13 +576,13 @@ def resolve(config, device):
 
 
 def save_mark(run, ema):
-    """Keep the averaged weights of this step, in half the bytes, for the curves of `compare`."""
+    """Write the averaged weights of this step, in bfloat16, to the run's marks/, for the curves of `compare`."""
     weights = {name: tensor.bfloat16() for name, tensor in ema.state_dict().items()}
     common.save_tensors(run.folder / "marks" / f"step_{run.step:06d}.safetensors", weights, run.settings())
 
 
 def train(config):
-    """Train, or go on with --resume; the result is a run folder. Raises UserError."""
+    """Train, or go on with --resume; the result is a run folder. Returns the exit code. Raises UserError."""
     device, precision = common.init_training(config)
     config = resolve(config, device)
     run = common.Run(config, "unet_ddpm", enough=25_000)
@@ -605,7 +606,8 @@ def train(config):
         lr = config.lr * common.lr_factor(run.progress, step, config.warmup, config.decay)
         common.set_lr(optimizer, lr)
         for rows in common.micro_batches(config):
-            # The last number of a key tells the random streams apart: 1 time and noise, 2 dropout, 3 mirroring.
+            # The last number of a key tells the random streams apart: 1 time and noise, 2 dropout, 3 mirroring,
+            # 5 order (in common.batch_index).
             rng = BatchRng(config.batch_size, config.seed, step, 1, rows=rows)
             x = data.batch(step, rows).to(device)  # 1. a batch
             u, noise = rng.rand().to(device), rng.randn(*x.shape[1:]).to(device)  # 2. time and noise
@@ -681,7 +683,7 @@ def sliced_wasserstein(real, made, directions=128):
 
 
 def frechet(a, b):
-    """Frechet distance of two sets of features (n, d), taken for Gaussians: |mean - mean|^2 + tr(A + B - 2 sqrt(AB))
+    """Fréchet distance of two sets of features (n, d), taken for Gaussians: |mean - mean|^2 + tr(A + B - 2 sqrt(AB))
     (Heusel et al. 2017, eq. 6)."""
     a, b = a.double(), b.double()
     cov_a, cov_b = a.T.cov(), b.T.cov()
@@ -700,7 +702,7 @@ def load_features(options):
 
         def alexnet(rgb):  # the means over positions of its five layers, as LPIPS normalises them: d = 1,152
             features = [layer.mean(dim=(2, 3)) for layer in lpips.to(rgb.device).layers(rgb)]
-            return 1000**0.5 * torch.cat(features, dim=1)  # their distances, squares, become 1,000 times as large
+            return 1000**0.5 * torch.cat(features, dim=1)  # so that the distance, a square, is x 1000
 
         networks["frechet_alexnet"] = alexnet
     if options.inception:
@@ -715,17 +717,17 @@ def load_features(options):
     return networks
 
 
-TITLES = {  # of the distances, which have these names in compare.csv
+TITLES = {  # of charts; the keys are columns of compare.csv
     "distance": "Sliced Wasserstein distance on Laplacian pyramids x 1000",
-    "finest_level": "Its finest level alone, which shows sharpness",
-    "frechet_alexnet": "Frechet distance in AlexNet features x 1000",
+    "finest_level": "The same of the pyramid's finest level alone (sharpness)",
+    "frechet_alexnet": "Fréchet distance in AlexNet features x 1000",
     "frechet_inception": "Inception FID",
 }
 
 
 class Distances:
-    """distances(rgb (n, 3, S, S) in [0, 1]) -> {name in TITLES: distance from n training pictures}. floor: the same of
-    n other training pictures. Raises UserError for too few pictures.
+    """distances(rgb (n, 3, S, S) in [0, 1]) -> {name in TITLES: distance from n training pictures}. floor: those of n
+    other training pictures. options: of `evaluate` or `compare`. Raises UserError for too few pictures.
 
     Fréchet distances need the networks' files. With fewer pictures than features their covariance is singular, which
     the formula allows; compare such numbers only at equal n. With a VAE, the training pictures are decoded latents.
@@ -764,7 +766,7 @@ class Distances:
 
 @dataclasses.dataclass
 class SolverConfig(common.LoadConfig):
-    """The options of `sample` and `evaluate`."""
+    """The options that `sample` and `evaluate` share."""
 
     vae: str = option("", "autoencoder that the weights were trained with")
     steps: int = option(50, "steps from noise to picture", low=1, high=TIMESTEPS)
@@ -774,7 +776,7 @@ class SolverConfig(common.LoadConfig):
     precision: str = option("auto", "of matrix products", choices=("auto", "fp32", "bf16", "fp16"))
     objective: str = option("flow", "what weights without a header learned, such as the write-up's", ("flow", "ddpm"))
     predict: str = option("eps", "what such DDPM weights predict", choices=("eps", "v"))
-    latents: str = option("normalised", "of such weights; raw: not normalised", ("normalised", "raw"))
+    latents: str = option("normalised", "latents of such weights; raw: not normalised", ("normalised", "raw"))
     latent_mean: float = option(0.0, "with --latents raw: what was subtracted from all of them")
     latent_std: float = option(1.0, "with --latents raw: what they were then divided by", low=1e-6)
 
@@ -793,7 +795,7 @@ class RawLatents:
 
 
 class Trained:
-    """A checkpoint and what sampling from it takes. options: those of `sample`, `evaluate` or `compare`."""
+    """A loaded checkpoint with its config and its VAE. options: those of `sample`, `evaluate` or `compare`."""
 
     def __init__(self, path, options):
         self.folder, self.options, self.device = path.parent, options, common.pick_device(options.device)
@@ -862,14 +864,15 @@ def evaluate(config):
 # ----------------------------------------------------------------------------------------------------------------
 # Comparison: three objectives side by side
 
-OBJECTIVES = {"flow": ("flow", "eps"), "ddpm": ("ddpm", "eps"), "ddpm-v": ("ddpm", "v")}
-SAMPLING_STEPS = 5, 10, 20, 50  # each distance is measured at these,
-MARK_STEPS = 20  # and the curves by training steps at this
+OBJECTIVES = {"flow": ("flow", "eps"), "ddpm": ("ddpm", "eps"), "ddpm-v": ("ddpm", "v")}  # --objective, --predict
+SAMPLING_STEPS = 5, 10, 20, 50  # of the distances by sampling steps
+MARK_STEPS = 20  # sampling steps of the curves by training steps
 
 
 @dataclasses.dataclass
 class CompareConfig(DistanceConfig, Config):
-    """The options of `compare`: those of `train`, for each of the three runs, and what is measured."""
+    """The options of `compare`: those of `train`, for each of the three runs (compare sets --objective, --predict and
+    --resume itself), and what is measured."""
 
     out: str = option("runs/compare", "folder for the three runs, index.html, compare.png and compare.csv")
     runs: tuple[str, ...] = option((), "finished run folders to compare (default: three are trained here)")
@@ -885,7 +888,7 @@ def train_three(config):
         folder = Path(config.out) / name
         own = dict(objective=objective, predict=predict, out=str(folder))
         own["resume"] = "" if (folder / "state.safetensors").exists() else None
-        if config.start:  # of three runs that compare made, the one with this objective
+        if config.start:  # --from names a folder of `compare`: each objective starts from its own run there
             own["start"] = f"{config.start}/{name}"
         if code := train(Config(**settings | own)):
             return code
@@ -895,7 +898,7 @@ def train_three(config):
 
 
 def curve_of_training(run, distances):
-    """[(training step, distance)] of the weights that were kept during training. The model keeps the last of them."""
+    """[(training step, distance)] of the weights in marks/. Afterwards run.model holds the last of them."""
     curve = []
     for path in common.progress(sorted(run.folder.glob("marks/step_*.safetensors")), "measuring"):
         load_into(run.model, load_tensors(path)[0], path)
@@ -912,14 +915,14 @@ def load_runs(folders, config):
         name = "ddpm-v" if (run.config.objective, run.config.predict) == ("ddpm", "v") else run.config.objective
         runs[f"{name} {run.folder}" if name in runs else name] = run
         first = next(iter(runs.values()))
-        if any(run.header[key] != first.header[key] for key in ("data", "latent", "left_out")):
+        if any(run.header.get(key) != first.header.get(key) for key in ("data", "latent", "left_out")):
             raise UserError(f"{first.folder} and {run.folder} were trained on different pictures; compare equals")
     return runs
 
 
 def compare(config):
-    """index.html, compare.png and compare.csv in --out, of three objectives that are trained here or of --runs. Returns
-    the exit code. Raises UserError."""
+    """index.html, compare.png and compare.csv in --out, of three objectives that are trained here or of --runs. DDPM is
+    sampled by ddim steps. Returns the exit code. Raises UserError."""
     if not config.runs and (code := train_three(config)):
         return code
     runs = load_runs(config.runs or [f"{config.out}/{name}" for name in OBJECTIVES], config)

@@ -607,8 +607,9 @@ def distill(options):
     teacher, config = load_model(path, device)
     if teacher.num_classes > 1:
         raise UserError(f"{path} has several classes, or is distilled already; name a model of one class")
-    config = dataclasses.replace(config, lr=options.lr, precision="auto", cfg=1.0)
     precision, weights = common.pick_precision("auto", device), teacher.state_dict()
+    optimizer = config.optimizer if precision == "bf16" else "adamw"  # not Muon where bfloat16 is slow
+    config = dataclasses.replace(config, lr=options.lr, optimizer=optimizer, precision="auto", cfg=1.0)
     table = "y_embedder.embedding_table.weight"
     weights[table] = weights[table][:1].repeat(1 + len(FEW_STEPS), 1)
     student = JiT(**sizes_of_weights(weights)).to(device)

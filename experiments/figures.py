@@ -54,9 +54,8 @@ def crops(options):
     sheet = Image.new("RGB", (320 + 10 + 330, 330), "white")
     marked = picture.copy()
     for i, colour in enumerate(("#d9541e", "#1f77b4", "#3a923a", "#8a5bd0")):
-        top, left, side = (
-            4 * 8 * n for n in jit_lab.random_crop(crop_config(), common.generator(2, i))
-        )  # patches of 8 x 8
+        place = jit_lab.random_crop(crop_config(), common.generator(2, i))  # in patches of 8 x 8
+        top, left, side = (4 * 8 * n for n in place)
         box = left, top, left + side - 1, top + side - 1
         ImageDraw.Draw(marked).rectangle(box, outline=colour, width=3)
         part = picture.crop((left, top, left + side, top + side))

@@ -235,7 +235,7 @@ def vae_loss(config, x, remade, mean, logvar):
     error = remade - x
     loss = error.square().mean(dim=(1, 2, 3))
     for _ in range(3):
-        slopes = error.diff(dim=2).square().mean(dim=(1, 2, 3)) + error.diff(dim=3).square().mean(dim=(1, 2, 3))
+        slopes = sum(error.diff(dim=axis).square().mean(dim=(1, 2, 3)) for axis in (2, 3))
         loss = loss + config.slope_weight * slopes
         error = F.avg_pool2d(error, 2)
     kl = (mean.square() + logvar.exp() - 1 - logvar).mean(dim=(1, 2, 3)) / 2
@@ -843,7 +843,7 @@ def vae_stage(config):
 
 def trained_vae(path, config, device):
     """(VAE, config with its sizes); path: a run or checkpoint of this program, or a published VAE."""
-    file = Path(path, "model.safetensors") if Path(path, "model.safetensors").exists() else Path(path)
+    file = common.find_weights(path, "serpentine_vae")
     own = file.suffix == ".safetensors" and file.is_file() and common.load_tensors(file, header_only=True)[1]
     if not (own and own.get("system") == "serpentine_vae"):
         vae = PublishedVAE(path, device).to(device)
@@ -876,9 +876,9 @@ def train(config):
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     trained = common.parallelize(config, model, ema, device, blocks)
     optimizer, scaler = common.make_optimizer(config, model, device)
-    run.header = {"checksum": loaded.checksum(), "range": torch.max(latents.abs().max(), mirrored.abs().max()).item()}
-    run.header["published"] = getattr(vae, "hash", None)
-    whole = LatentDiffusion(vae, ema, run.header["range"])
+    largest = max(latents.abs().max(), mirrored.abs().max()).item()
+    run.header = {"checksum": loaded.checksum(), "range": largest, "published": getattr(vae, "hash", None)}
+    whole = LatentDiffusion(vae, ema, largest)
     about = f"denoiser on the latents of {len(latents):,} pictures, {precision} on {device}"
     run.start(model, whole, optimizer, scaler, about, len(latents), loaded.skipped)
     compile_blocks(config, device, model)
@@ -978,7 +978,7 @@ def psnr_and_ssim(vae, pictures):
     from skimage import metrics
 
     parts = common.progress(pictures.split(32), "measuring")
-    pairs = [pair for part in parts for pair in zip(*map(torch.Tensor.numpy, reconstruct(vae, part)))]
+    pairs = [(a.numpy(), b.numpy()) for part in parts for a, b in zip(*reconstruct(vae, part))]
     psnr = [metrics.peak_signal_noise_ratio(a, b, data_range=1) for a, b in pairs]
     ssim = [metrics.structural_similarity(a, b, channel_axis=0, data_range=1) for a, b in pairs]
     return float(np.mean(psnr)), float(np.mean(ssim))

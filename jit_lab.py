@@ -595,7 +595,7 @@ class DistillConfig(common.LoadConfig):
 
     steps: int = option(200, "optimizer steps", low=1)
     batch_size: int = option(8, "ways from noise to picture per optimizer step", low=1)
-    lr: float = option(2e-3, "peak learning rate", low=0.0)
+    lr: float = option(1e-3, "peak learning rate", low=0.0)
     cfg: float = option(1.25, "guidance of the trained model, as sample's; with 1 each step takes less time", low=0.0)
     seed: int = option(0, "seed of the noise", low=0, high=2**62)
     out: str = option("runs/jit_lab-distilled.safetensors", "the new weights")
@@ -607,15 +607,14 @@ def distill(options):
     teacher, config = load_model(path, device)
     if teacher.num_classes > 1:
         raise UserError(f"{path} has several classes, or is distilled already; name a model of one class")
+    config = dataclasses.replace(config, lr=options.lr, optimizer="adamw", precision="auto", cfg=1.0)
     precision, weights = common.pick_precision("auto", device), teacher.state_dict()
-    optimizer = config.optimizer if precision == "bf16" else "adamw"  # not Muon where bfloat16 is slow
-    config = dataclasses.replace(config, lr=options.lr, optimizer=optimizer, precision="auto", cfg=1.0)
     table = "y_embedder.embedding_table.weight"
     weights[table] = weights[table][:1].repeat(1 + len(FEW_STEPS), 1)
     student = JiT(**sizes_of_weights(weights)).to(device)
     student.load_state_dict(weights)
-    ema, muon_modules = copy.deepcopy(student), [part for block in student.blocks for part in (block.attn, block.mlp)]
-    optimizer, scaler = common.make_optimizer(config, student, device, muon_modules)
+    ema = copy.deepcopy(student)
+    optimizer, scaler = common.make_optimizer(config, student, device)
     scale = noise_scale(config, device)
 
     def velocity(x_t, t):

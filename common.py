@@ -1488,9 +1488,13 @@ class Shards:
         return zlib.crc32(json.dumps([self.names, self.captions, self.tags, self.header]).encode())
 
     def read(self, index):
-        """Rows `index` of each of the tensors, float32."""
+        """Rows `index` of each of the tensors, float32. Raises UserError for numbers that are not finite."""
         places = [self.places[i] for i in index]
-        return tuple(torch.cat([f.get_slice(n)[row : row + 1] for f, row in places]).float() for n in self.tensors)
+        parts = [torch.cat([f.get_slice(n)[row : row + 1] for f, row in places]).float() for n in self.tensors]
+        for part in parts:
+            for i in (~part.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist():
+                raise UserError(f"the latent of {self.names[index[i]]} is not finite; delete its shard, encode again")
+        return tuple(parts)
 
     def extra(self, name):
         """A tensor that every file holds."""

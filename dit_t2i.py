@@ -510,9 +510,9 @@ def byte_symbols():
 @functools.cache
 def clip_word():
     """CLIP's pattern of a word: a contraction such as 's, a run of letters, one number, or a run of other characters
-    that are not spaces. `re` lacks Unicode's class of numbers, \\p{N}, so they are listed; \\w without them and without
-    the underscore is the class of letters, \\p{L}."""
-    numbers = "".join(c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c)[0] == "N")
+    that are not spaces. `re` lacks Unicode's class of numbers, \\p{N}, so they are listed (all are below U+20000); \\w
+    without them and without the underscore is the class of letters, \\p{L}."""
+    numbers = "".join(c for c in map(chr, range(0x20000)) if unicodedata.category(c)[0] == "N")
     return re.compile(rf"'(?:s|t|re|ve|m|ll|d)|[^\W_{numbers}]+|[{numbers}]|(?:[^\s\w]|[_\x1c-\x1f])+")
 
 

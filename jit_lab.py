@@ -607,6 +607,7 @@ def distill(options):
     teacher, config = load_model(path, device)
     if teacher.num_classes > 1:
         raise UserError(f"{path} has several classes, or is distilled already; name a model of one class")
+    # AdamW, whatever trained the model: a step of Muon takes seconds on a CPU without fast bfloat16.
     config = dataclasses.replace(config, lr=options.lr, optimizer="adamw", precision="auto", cfg=1.0)
     precision, weights = common.pick_precision("auto", device), teacher.state_dict()
     table = "y_embedder.embedding_table.weight"

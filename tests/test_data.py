@@ -221,6 +221,13 @@ def test_data_that_is_none_is_one_line(folder, records):
         assert "\n" not in str(problem.value)
 
 
+def test_of_a_few_pictures_one_keeps_its_colour():
+    paint("0.png", "1.png", "2.png")
+    for fraction, count in ((0.1, 1), (0.0, 0)):
+        config = jit_lab.Config(data=(".",), image_size=16, color_fraction=fraction)
+        assert jit_lab.load_data(config, "cpu")[0].in_color.sum() == count
+
+
 # ---- order ----
 
 
@@ -301,10 +308,16 @@ def test_shards_that_do_not_belong_together_are_refused(folder):
 
 
 def test_latents_and_samples_that_are_not_finite_are_named(folder):
+    header = {"source": [], "rows": [["a.png", "", []], ["b.png", "", []]], "skipped": []}
+    common.save_tensors("s/shard_00000.safetensors", {"latents": torch.tensor([[1.0], [math.nan]])}, header)
     paint("d/0.png", "d/1.png")
     config = common.EncodeConfig(data=("d",), out="t", image_size=8)
     with pytest.raises(UserError, match=r"1\.png: its latent is not finite"):
         common.write_shards(config, {}, lambda x, rows: {"latents": x / torch.tensor([1, 0]).view(2, 1, 1, 1) * 0})
+    shards = common.Shards("s", ("latents",))
+    assert shards.read([0])[0].item() == 1
+    with pytest.raises(UserError, match=r"latent of b.png is not finite"):
+        shards.read([0, 1])
     with pytest.raises(UserError, match="not finite"):
         common.write_samples(torch.full((1, 3, 8, 8), math.nan), ["a"], common.SampleConfig(out="o.png"))
     assert not (folder / "o.png").exists()

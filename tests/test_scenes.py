@@ -70,6 +70,7 @@ def test_captions_follow_the_grammar_use_everything_and_are_short_and_plain():
     assert set(seen.thing) == set(THINGS) and set(seen.thing2) == {None, *THINGS}
     assert set(seen.place) == {None, *PLACES} and set(seen.background) == {None, *BACKGROUNDS}
     assert min(seen.colour.values()) > 180 and min(seen.thing.values()) > 70  # none is rare
+    assert len(THINGS) >= 15 and len(COLOURS) >= 11 and len(BACKGROUNDS) >= 12
     words = {word for caption in captions for word in caption.replace(",", "").split()}
     assert len(words) <= 60 and all(word.isalpha() and word.islower() for word in words)
     assert not any(re.search(r"\ba [aeiou]|\ban [^aeiou]", caption) for caption in captions)

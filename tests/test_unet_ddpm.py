@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+import types
 from pathlib import Path
 
 import common
@@ -405,6 +406,13 @@ def test_published_checkpoint_loads_in_both_layouts_that_the_write_up_allows(nam
     model, config = unet_ddpm.load_model(tmp_path / "model_ema.pt", objective="ddpm", predict="v")
     assert sum(p.numel() for p in model.parameters()) == count
     assert model.header["latent"] == [32, 32] and (config.objective, config.predict) == ("ddpm", "v")
+
+
+def test_weights_whose_header_names_no_data_can_be_shown(monkeypatch):
+    """Such as the write-up's model_ema.pt, which `demo` takes."""
+    run = types.SimpleNamespace(config=FLOW, folder="a", header={"latent": [32, 32]})
+    monkeypatch.setattr(unet_ddpm, "Trained", lambda path, options: run)
+    assert unet_ddpm.load_runs(["a.pt"], None) == {"flow": run}
 
 
 def test_raw_latents_are_normalised_before_they_are_decoded():

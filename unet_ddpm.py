@@ -719,8 +719,8 @@ def load_features(options):
 
 TITLES = {  # of charts; the keys are columns of compare.csv
     "distance": "Sliced Wasserstein distance on Laplacian pyramids x 1000",
-    "finest_level": "The same of the pyramid's finest level alone (sharpness)",
-    "frechet_alexnet": "Fréchet distance in AlexNet features x 1000",
+    "finest_level": "Its finest level alone, which shows sharpness",
+    "frechet_alexnet": "Frechet distance in AlexNet features x 1000",
     "frechet_inception": "Inception FID",
 }
 

@@ -954,19 +954,35 @@ class Muon(torch.optim.Optimizer):
     """Muon for weight matrices, whose steps have all singular values near one (Jordan et al. 2024; scaled as in Liu et
     al. 2025, eq. 4, so that AdamW's learning rate fits), and AdamW for all other parameters."""
 
-    def __init__(self, matrices, others, lr, betas, weight_decay, fused):
+    def __init__(self, matrices, others, lr, betas, weight_decay, fused, dtype):
         # load_state_dict() reads `fused` to know on which device AdamW keeps its step counts.
         super().__init__([*matrices, *others], dict(lr=lr, fused=fused))
-        self.parts = (
-            torch.optim.Muon(matrices, lr, weight_decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr, betas, weight_decay=weight_decay, fused=fused),
-        )
+        self.matrices, self.weight_decay, self.dtype = matrices, weight_decay, dtype
+        self.adamw = torch.optim.AdamW(others, lr, betas, weight_decay=weight_decay, fused=fused)
 
+    @torch.no_grad()
     def step(self, closure=None):
-        for part in self.parts:
-            part.state = self.state
-            part.param_groups[0]["lr"] = self.param_groups[0]["lr"]
-            part.step()
+        lr = self.param_groups[0]["lr"]
+        self.adamw.state, self.adamw.param_groups[0]["lr"] = self.state, lr
+        self.adamw.step()
+        for matrix in (matrix for matrix in self.matrices if matrix.grad is not None):
+            state = self.state[matrix]
+            momentum = state.setdefault("momentum_buffer", torch.zeros_like(matrix))
+            momentum.lerp_(matrix.grad, 0.05)
+            update = self.orthogonalize(matrix.grad.lerp(momentum, 0.95))
+            matrix.mul_(1 - lr * self.weight_decay).add_(update, alpha=-lr * 0.2 * max(matrix.shape) ** 0.5)
+
+    def orthogonalize(self, matrix):
+        """Nearly U V^T of a matrix U S V^T. Each of five steps x <- a x + b (x x^T) x + c (x x^T)^2 x maps every
+        singular value s to a s + b s^3 + c s^5, which ends between 0.7 and 1.2."""
+        a, b, c = 3.4445, -4.7750, 2.0315
+        x = matrix.to(self.dtype)
+        x = x if len(x) <= x.shape[1] else x.T
+        x = x / x.norm().clamp(min=1e-7)
+        for _ in range(5):
+            gram = x @ x.T
+            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return x if x.shape == matrix.shape else x.T
 
 
 def make_optimizer(config, model, device, muon_modules=()):
@@ -978,7 +994,8 @@ def make_optimizer(config, model, device, muon_modules=()):
         inside = {p for module in muon_modules for p in module.parameters() if p.dim() == 2}
         matrices = [p for p in parameters if p in inside]
         others = [p for p in parameters if p not in inside]
-        optimizer = Muon(matrices, others, config.lr, betas, config.weight_decay, fused)
+        dtype = torch.bfloat16 if pick_precision("auto", device) == "bf16" else torch.float32
+        optimizer = Muon(matrices, others, config.lr, betas, config.weight_decay, fused, dtype)
     elif kind == "adamw8bit":
         try:
             from torchao.optim import AdamW8bit

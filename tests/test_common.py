@@ -74,6 +74,23 @@ def test_muon_makes_all_directions_of_a_step_equally_long():
     assert torch.allclose(model.bias, twin.bias, atol=1e-7)
 
 
+def test_muon_in_bfloat16_makes_torchs_steps():
+    model = torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.Linear(40, 8))
+    twin, weights = copy.deepcopy(model), [model[0].weight, model[1].weight]
+    optimizer = common.Muon(weights, [model[0].bias, model[1].bias], 0.01, (0.9, 0.95), 0.1, True, torch.bfloat16)
+    reference = torch.optim.Muon([twin[0].weight, twin[1].weight], 0.01, 0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(5):
+        x = torch.randn(16, 24)
+        for net in (model, twin):
+            net.zero_grad()
+            net(x).square().mean().backward()
+        optimizer.step()
+        reference.step()
+        for ours, theirs in zip((model[0].bias, model[1].bias), (twin[0].bias, twin[1].bias)):
+            theirs.data.copy_(ours)  # AdamW's part is not compared
+    assert torch.equal(model[0].weight, twin[0].weight) and torch.equal(model[1].weight, twin[1].weight)
+
+
 @pytest.mark.parametrize("kind, slots", [("adamw", ["exp_avg", "exp_avg_sq", "step"]), ("muon", ["momentum_buffer"])])
 def test_state_that_is_not_the_optimizers_own_is_refused(kind, slots):
     model, config = toy.Model(8), toy.Config(optimizer=kind)

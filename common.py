@@ -1787,10 +1787,12 @@ class Run:
         """Count an optimizer step, write every tenth to log.csv, and decide what is due. Raises UserError if the loss
         or, without fp16's scaler, the gradient is not finite; the last checkpoint stays as it is."""
         rows = torch.cat(self.passes).cpu()  # (b, 2): loss and time of each picture
-        if dist.is_initialized():
+        now, stop = time.perf_counter() - self.started, self.interrupted
+        if dist.is_initialized():  # the rows of all processes, and one decision for all
             parts = [torch.empty_like(rows) for _ in range(world())]
             dist.all_gather(parts, rows)
             rows = torch.cat(parts)
+            now, stop = all_max(now, stop)
         grad_norm = float(grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm)
         if not rows.isfinite().all() or not (math.isfinite(grad_norm) or self.fp16):
             good = f"the last checkpoint is {self.state_path}" if self.state_path.exists() else "nothing was saved"
@@ -1799,9 +1801,8 @@ class Run:
         before = self.progress
         self.step += 1
         self.images += len(rows)
-        self.passes = []
+        self.now, self.passes = now, []
         self.window.append((rows, grad_norm))
-        self.now, stop = all_max(time.perf_counter() - self.started, self.interrupted)
         if stop:  # (not assigned otherwise: a signal may have come in between)
             self.interrupted = True
         if self.step == 1:

@@ -53,9 +53,11 @@ class Visitor:
         page.set_default_timeout(120_000)
 
     def until(self, condition):
+        from playwright.sync_api import Error
+
         end = time.monotonic() + 120
         while True:
-            with contextlib.suppress(UnidentifiedImageError):  # a frame that the next one has just replaced
+            with contextlib.suppress(UnidentifiedImageError, Error):  # a frame that the next one has just replaced
                 if condition():
                     return
             assert time.monotonic() < end, f"not within two minutes; the page shows {self.caption()!r}"

@@ -967,8 +967,9 @@ class Muon(torch.optim.Optimizer):
         self.adamw.step()
         for matrix in (matrix for matrix in self.matrices if matrix.grad is not None):
             state = self.state[matrix]
-            momentum = state.setdefault("momentum_buffer", torch.zeros_like(matrix))
-            momentum.lerp_(matrix.grad, 0.05)
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(matrix)
+            momentum = state["momentum_buffer"].lerp_(matrix.grad, 0.05)
             update = self.orthogonalize(matrix.grad.lerp(momentum, 0.95))
             matrix.mul_(1 - lr * self.weight_decay).add_(update, alpha=-lr * 0.2 * max(matrix.shape) ** 0.5)
 
@@ -2033,6 +2034,16 @@ def add_tab(gr, name, panels, function, inputs, examples=(), start=False):
     slider.input(lambda made, i: made[min(i, len(made) - 1)], [kept, slider], shown, show_progress="hidden")
 
 
+def import_gradio():
+    """The package gradio, whose reports are switched off. Raises UserError if it is missing."""
+    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False")
+    try:
+        import gradio
+    except ImportError:
+        raise UserError("the page needs gradio: pip install gradio") from None
+    return gradio
+
+
 def open_page(options, title, about, *tabs):
     """Serve a page on 127.0.0.1 until Ctrl-C: no tunnel, no reports, nothing fetched from elsewhere. Raises UserError.
 
@@ -2041,11 +2052,7 @@ def open_page(options, title, about, *tabs):
     initial value: a text, a list of choices, (lowest, highest, initial), or a picture to paint on as gradio's
     ImageEditor takes it. The first tab is shown with the frames of its initial values.
     """
-    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False")
-    try:
-        import gradio as gr
-    except ImportError:
-        raise UserError("the page needs gradio: pip install gradio") from None
+    gr = import_gradio()
     with gr.Blocks(title=title) as page:
         gr.Markdown(f"# {title}\n{about}")
         for tab in tabs:

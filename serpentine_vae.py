@@ -1115,6 +1115,7 @@ def schedule_command(options):
 
 def demo(options):
     """A page: paint on a picture what is to be made anew, or kept."""
+    common.import_gradio()  # if it is missing, say so before the examples are sampled
     model, config = load_model(options.weights, common.pick_device(options.device))
     size = config.image_size, config.image_size
 

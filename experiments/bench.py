@@ -399,7 +399,7 @@ def scale(options):
 VAE_WEIGHTS = "--vae", f"{ROOT}/weights/serpentine_vae.safetensors"
 ROWS = {
     "train_jit_lab": partial(train, "jit_lab.py", 80, ["--color-fraction", "1", "--full-image-prob", "1"]),
-    "train_dit_t2i": partial(train, "dit_t2i.py", 64, []),
+    "train_dit_t2i": partial(train, "dit_t2i.py", 64, ["--batch-size", "64"]),
     "train_unet_ddpm": partial(train, "unet_ddpm.py", 40, []),
     "train_serpentine": partial(train, "serpentine_vae.py", 80, VAE_WEIGHTS),
     "sample_jit_lab": partial(sample, "jit_lab", 16, []),

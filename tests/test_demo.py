@@ -282,7 +282,7 @@ def test_serpentine_vae_s_page(visit, tmp_path):
 def test_without_gradio_a_line_names_the_package(system, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert system.main(["demo"]) == 2
-    assert capsys.readouterr().err.endswith("error: the page needs gradio: pip install gradio\n")
+    assert capsys.readouterr().err == "error: the page needs gradio: pip install gradio\n"
 
 
 @pytest.mark.parametrize("solver", common.SOLVERS)
